@@ -1,0 +1,338 @@
+"""One-step text generation: the transformer denoiser, the one-hot flow and its flow map.
+
+Conventions, used everywhere in this repository:
+  t in [0, 1]    time, from noise (0) to data (1);     s <= u <= t for a flow map
+  tau in [0, 1]  reparameterised time, what training and samplers are uniform in
+  B, L, V, D     batch, length, vocabulary, width;     shapes stand as comments: # (B, L, D)
+  nfe            network calls of a sampler
+  given          (B, L) bool, the positions that are known (source, prompt, infill) and never noised
+
+The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^(L x V).
+The network's first layer is linear, so all it ever sees of x_t is h = x_t E, E (V x D) its embedding
+table. We keep h alone: noise is drawn directly as z C^T with C C^T = E^T E, a clean token is a row of
+E, and Euler steps, flow maps and bridges act on h as they do on x, being affine in x. So nothing of
+size (B, L, V) exists on the input side, and a one-hot flow is an embedding-space flow whose noise has
+covariance E^T E.
+
+model.py imports nothing else of this repository.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """What fixes a network's shape; stored in its checkpoint."""
+    vocab: int                  # V
+    length: int                 # L, the longest row
+    layers: int = 4
+    heads: int = 4
+    width: int = 128            # D
+    cond: int = 128             # width of the time conditioning
+    dropout: float = 0.0        # on attention-out and MLP-out
+    gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
+    axis: str = 'paper'         # tau(t): paper (decoding error falls linearly) | uniform (tau = t)
+    two_time: bool = False      # a flow map also knows the time it jumps to
+
+
+# ---------------------------------------------------------------------------------------------
+# The denoiser, used by every model: noisy rows h (B, L, D) at time tau (B,) -> logits (B, L, V)
+
+def sinusoid(tau, dim=256):
+    """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
+    # periods from 0.006 to 63, so that both neighbouring times and far ones can be told apart
+    freqs = 1000 * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=tau.device) / (dim // 2))
+    angles = tau[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv:2104.09864): turn pairs of channels by angles that grow with the position."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+class TimeEmbedding(nn.Sequential):
+    """Times (B,) -> conditioning (B, cond)."""
+
+    def __init__(self, cond):
+        super().__init__(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
+
+    def forward(self, tau):
+        return super().forward(sinusoid(tau))
+
+
+class Block(nn.Module):
+    """Bidirectional attention and MLP, both shifted, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.gate, self.dropout = c.heads, c.gate, c.dropout
+        self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
+        self.out = nn.Linear(c.width, c.width, bias=False)
+        self.up = nn.Linear(c.width, 4 * c.width)
+        self.down = nn.Linear(4 * c.width, c.width)
+        self.ada = nn.Linear(c.cond, 6 * c.width)
+
+    def forward(self, x, cond, cos, sin):
+        B, L, D = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(cond)[:, None].chunk(6, dim=-1)
+        y = F.layer_norm(x, (D,)) * (1 + scale1) + shift1
+        q, k, v = self.qkv(y).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        # unit-size queries and keys bound the attention logits, which lets the learning rate be large
+        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)                       # (B, heads, L, D/heads)
+        k = rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.out(y.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
+        x = x + (self.gate + gate1) * F.dropout(y, self.dropout, self.training)
+        y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
+        y = self.down(F.gelu(self.up(y), approximate='tanh'))
+        return x + (self.gate + gate2) * F.dropout(y, self.dropout, self.training)
+
+
+class Denoiser(nn.Module):
+    """The transformer. It owns the embedding table E, in whose row space the noisy rows live."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed = nn.Parameter(torch.empty(c.vocab, c.width))                # E (V, D)
+        self.position = nn.Parameter(torch.empty(c.length, c.width))
+        self.known = nn.Parameter(torch.empty(c.width))                         # added where given
+        self.time = TimeEmbedding(c.cond)
+        self.time_to = TimeEmbedding(c.cond) if c.two_time else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.ada = nn.Linear(c.cond, 2 * c.width)
+        self.head = nn.Linear(c.width, c.vocab)                                 # not tied to E
+        half = c.width // c.heads // 2
+        angle = torch.arange(c.length)[:, None] * 10000 ** (-torch.arange(half) / half)
+        self.register_buffer('cos', angle.cos(), persistent=False)
+        self.register_buffer('sin', angle.sin(), persistent=False)
+
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+        nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.known, std=0.02)
+        # zero: the time modulates nothing yet, every token is equally likely, and a fresh target time
+        # leaves a student equal to its teacher
+        for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
+                      *([self.time_to[2]] if c.two_time else [])]:
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, h, given, tau, tau_to=None):
+        """h (B, L, D), given (B, L), tau and tau_to (B,) -> logits (B, L, V) in fp32."""
+        # h is of size ~|E| as noise and ~1 row of E when clean: only its direction goes in
+        x = F.rms_norm(h, h.shape[-1:]) + self.position[:h.shape[1]] + given[..., None] * self.known
+        cond = self.time(tau) if tau_to is None else self.time(tau) + self.time_to(tau_to)
+        cond = F.silu(cond)
+        cos, sin = self.cos[:h.shape[1]], self.sin[:h.shape[1]]
+        for block in self.blocks:
+            x = block(x, cond, cos, sin)
+        shift, scale = self.ada(cond)[:, None].chunk(2, dim=-1)
+        logits = self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).float()
+        return 30 * torch.tanh(logits / 30)         # soft cap, keeps bf16 logits finite
+
+
+# ---------------------------------------------------------------------------------------------
+# Pure functions: the mathematics, testable on toys with known answers. t, s, u broadcast.
+
+def right_token(t, K):
+    """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813.
+
+    t (n,) float64 in [0, 1), K the vocabulary size -> (n,), by Gauss-Hermite quadrature with 100 nodes.
+    """
+    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(100))
+    log_cdf = torch.special.log_ndtr(nodes + (t / (1 - t))[:, None])            # (n, 100)
+    return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
+
+
+def time_axis(K, knots=10001):
+    """Knots of tau(t) = K/(K-1) (q(t) - 1/K): (ts, taus), each (knots,) float64, rising from 0 to 1."""
+    ts = torch.linspace(0, 1, knots, dtype=torch.float64)
+    taus = (right_token(ts[:-1], K) - 1 / K) * K / (K - 1)
+    taus = torch.cat([taus.clamp(0, 1), torch.ones(1)]) 
+    taus[0] = 0
+    return ts, torch.cummax(taus, 0).values
+
+
+def interpolate(x, xs, ys):
+    """Piecewise linear y(x) through knots (xs, ys), xs not falling; x of any shape."""
+    i = torch.searchsorted(xs, x.contiguous(), right=True).clamp(1, len(xs) - 1)
+    w = (x - xs[i - 1]) / (xs[i] - xs[i - 1]).clamp(min=1e-12)
+    return ys[i - 1] + w.clamp(0, 1) * (ys[i] - ys[i - 1])
+
+
+def jump(x, p, s, t):
+    """X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p, an Euler step for p = D_s and the flow map for p = delta_{s,t}.
+
+    arXiv:2602.16813; x (..., D) and p already times E, or both dense. At s = t nothing moves.
+    """
+    keep = (1 - t) / (1 - s).clamp(min=1e-6)
+    return keep * x + (1 - keep) * p
+
+
+def semigroup_weight(s, u, t):
+    """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813; 0 at t = 1."""
+    return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
+
+
+def bridge(x, e, t, s, noise):
+    """Draw x_s given x_t and the clean e, s > t (arXiv:2605.13681): N(a x + b e, v I); noise is a unit draw."""
+    a = t / s * ((1 - s) / (1 - t)) ** 2
+    v = (1 - s) ** 2 * (1 - a * t / s)
+    return a * x + (s - a * t) * e + v.clamp(min=0).sqrt() * noise
+
+
+def dense_corrupt(onehot, eps, t, E):
+    """Reference only: h = ((1-t) eps + t onehot) E with everything of size (B, L, V) spelled out."""
+    return ((1 - t) * eps + t * onehot) @ E
+
+
+# ---------------------------------------------------------------------------------------------
+# FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
+
+class OneHotFlow(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.net = Denoiser(c)
+        ts, taus = time_axis(c.vocab) if c.axis == 'paper' else (torch.linspace(0, 1, 2),) * 2
+        self.register_buffer('ts', ts.float(), persistent=False)
+        self.register_buffer('taus', taus.float(), persistent=False)
+
+    def t_of(self, tau):
+        return interpolate(tau, self.taus, self.ts)
+
+    def tau_of(self, t):
+        return interpolate(t, self.ts, self.taus)
+
+    def noise_factor(self):
+        """F (k, D) with F^T F = E^T E: z F has the law of eps E for z ~ N(0, I_k), k = min(V, D).
+
+        One product of V D^2 and one D x D Cholesky per call; gradients reach E through it.
+        """
+        E = self.net.embed.float()
+        if E.shape[0] <= E.shape[1]:
+            return E                                                            # V <= D: nothing to save
+        gram = E.T @ E                                                          # (D, D)
+        jitter = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        return torch.linalg.cholesky(gram + jitter).T
+
+    def noise(self, B, L, rng=None):
+        """eps E, eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, D)."""
+        factor = self.noise_factor()
+        z = torch.randn(B, L, len(factor), generator=rng, device=factor.device)
+        return z @ factor
+
+    def corrupt(self, tokens, given, tau, rng=None):
+        """Noisy rows h at times tau (B,): tokens (B, L) -> (B, L, D); given positions stay clean."""
+        t = self.t_of(tau)[:, None, None]
+        clean = self.net.embed[tokens].float()                                  # (B, L, D)
+        h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
+        return torch.where(given[..., None], clean, h)
+
+    def loss(self, tokens, given, tau, rng=None):
+        """Cross-entropy of the clean tokens, mean over the positions not given, per row: (B,), nats."""
+        h = self.corrupt(tokens, given, tau, rng)
+        return row_cross_entropy(self.net(h, given, tau), tokens, given)
+
+    def jump(self, h, p, given, tau_s, tau_t):
+        """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given positions stay."""
+        s, t = self.t_of(tau_s)[:, None, None], self.t_of(tau_t)[:, None, None]
+        return torch.where(given[..., None], h, jump(h, p @ self.net.embed.float(), s, t))
+
+    @torch.no_grad()
+    def sample(self, tokens, given, nfe, rng=None, sampler='euler', gamma=0.0, temperature=1.0, top_p=1.0,
+               watch=None):
+        """Write the positions of tokens (B, L) that are not given, in nfe network calls: (B, L).
+
+        sampler  euler (a student takes its flow map instead) | bridge
+        gamma    0: follow the flow; up to 1: predict the data, then noise again (nothing at nfe 1)
+        temperature, top_p act on every prediction; watch(tau, tokens) is shown the argmax of each
+        """
+        B, L = tokens.shape
+        clean = self.net.embed[tokens].float()
+        h = torch.where(given[..., None], clean, self.noise(B, L, rng))         # tau = 0: pure noise
+        grid = torch.linspace(0, 1, nfe + 1, device=h.device)
+        for i in range(nfe):
+            now, then = grid[i].expand(B), grid[i + 1].expand(B)
+            s, t = self.t_of(grid[i]), self.t_of(grid[i + 1])
+            # gamma: land nearer the data, at r, so that scaling by t/r leaves room for fresh noise:
+            # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
+            r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
+            to = self.tau_of(r).expand(B) if gamma else then
+            logits = self.net(h, given, now, to if self.config.two_time else None) / temperature
+            logits[..., -2:] = -torch.inf                       # <sep> and <bos> are never written
+            p = nucleus(logits.softmax(-1), top_p)                              # (B, L, V)
+            if watch:
+                watch(i, torch.where(given, tokens, p.argmax(-1)))
+            if i == nfe - 1:
+                break
+            if sampler == 'bridge':
+                e = self.net.embed[draw(p, rng)].float()
+                h_next = bridge(h, e, s, t, self.noise(B, L, rng))
+            else:
+                h_next = jump(h, p @ self.net.embed.float(), s, r)
+                if gamma:
+                    h_next = t / r * h_next + gamma * (1 - t) * self.noise(B, L, rng)
+            h = torch.where(given[..., None], clean, h_next)
+        last = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
+        return torch.where(given, tokens, last)
+
+
+def nucleus(p, top_p):
+    """Keep the most likely tokens of total probability top_p, renormalised: (..., V) -> (..., V)."""
+    if top_p >= 1:
+        return p
+    sorted_p, order = p.sort(dim=-1, descending=True)
+    sorted_p = sorted_p * (sorted_p.cumsum(-1) - sorted_p < top_p)
+    p = torch.zeros_like(p).scatter(-1, order, sorted_p)
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p, rng=None):
+    """One token per position: (B, L, V) -> (B, L)."""
+    return torch.multinomial(p.flatten(0, 1), 1, generator=rng).view(p.shape[:-1])
+
+
+def row_cross_entropy(logits, target, given):
+    """Mean over the positions not given, per row: logits (B, L, V), target ids (B, L) or p (B, L, V) -> (B,)."""
+    logits = logits.transpose(1, 2)                                             # (B, V, L)
+    target = target if target.ndim == 2 else target.transpose(1, 2)
+    loss = F.cross_entropy(logits, target, reduction='none') * ~given           # (B, L)
+    return loss.sum(1) / (~given).sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: tensors and plain values only
+
+FORMAT = 1
+
+
+def load(path, device='cpu', ema=True):
+    """A checkpoint file -> (model in eval mode, its dict). ValueError says what is wrong with the file."""
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        if ckpt['format'] > FORMAT:
+            raise ValueError(f'made by a newer version (format {ckpt["format"]}, this code reads {FORMAT})')
+        model = OneHotFlow(Config(**ckpt['config']))
+        model.load_state_dict(ckpt['ema' if ema else 'model'])
+    except FileNotFoundError:
+        raise ValueError('no such checkpoint') from None
+    except ValueError:
+        raise
+    except Exception as e:          # torch.load and load_state_dict raise a dozen different types
+        raise ValueError(f'not a whole checkpoint of this project ({type(e).__name__})') from None
+    return model.to(device).eval(), ckpt
+
+
+def record(model):
+    """The part of a checkpoint that a model fills: its kind of network."""
+    return {'format': FORMAT, 'config': asdict(model.config)}

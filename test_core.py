@@ -1,0 +1,313 @@
+"""Everything that can silently go wrong, on a CPU in about a minute, without data or network.
+
+    make test        (or: pytest -q test_core.py)
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import prepare_data
+import sample
+import train_teacher
+from model import (Config, OneHotFlow, bridge, dense_corrupt, interpolate, jump, load, right_token,
+                   row_cross_entropy, semigroup_weight, time_axis)
+
+HERE = Path(__file__).parent
+DOUBLE = torch.float64
+
+
+def tiny(vocab=12, length=6, seed=0, **more):
+    """A small flow whose head is not zero any more."""
+    torch.manual_seed(seed)
+    model = OneHotFlow(Config(vocab, length, layers=2, heads=2, width=32, cond=16, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def no_given(B, L):
+    return torch.zeros(B, L, dtype=torch.bool)
+
+
+# ---------------------------------------------------------------------------------------------
+# Time axis
+
+@pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (65, (.179, .702, .832)),
+                                      (4096, (.547, .784, .859)), (50257, (.646, .809, .870))])
+def test_time_axis_spot_values(K, spots):
+    ts, taus = time_axis(K)
+    for tau, t in zip((.01, .5, .99), spots):
+        assert abs(interpolate(torch.tensor(tau, dtype=DOUBLE), taus, ts).item() - t) < 1e-3
+
+
+def test_time_axis_against_monte_carlo():
+    torch.manual_seed(0)
+    K, t = 50, 0.5
+    x = (1 - t) * torch.randn(200_000, K)
+    x[:, 0] += t
+    assert abs((x.argmax(1) == 0).float().mean().item()
+               - right_token(torch.tensor([t], dtype=DOUBLE), K).item()) < 0.005
+
+
+def test_tau_and_t_are_inverse():
+    model = tiny()
+    tau = torch.linspace(0, 1, 101)
+    assert torch.allclose(model.tau_of(model.t_of(tau)), tau, atol=1e-4)
+    assert model.t_of(tau)[0] == 0 and model.t_of(tau)[-1] == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Dense path = projected path
+
+def test_dense_equals_projected_on_the_same_noise():
+    model, t = tiny(vocab=80), 0.3                      # V > D: noise is drawn through the Cholesky factor
+    E, B, L = model.net.embed.detach(), 3, 6
+    eps, tokens = torch.randn(B, L, 80), torch.randint(80, (B, L))
+    onehot = torch.nn.functional.one_hot(tokens, 80).float()
+    z = torch.linalg.solve(model.noise_factor().T, (eps @ E).transpose(1, 2)).transpose(1, 2)
+    assert z.shape == (B, L, 32)
+    projected = jump(z @ model.noise_factor(), E[tokens], torch.tensor(0.), torch.tensor(t))
+    dense = dense_corrupt(onehot, eps, t, E)
+    assert torch.allclose(dense, projected, atol=1e-4)
+    # an Euler step taken in R^V and then projected is the step taken on h
+    p, s, u = torch.rand(B, L, 80).softmax(-1), torch.tensor(t), torch.tensor(.6)
+    x = (1 - t) * eps + t * onehot
+    assert torch.allclose(jump(x, p, s, u) @ E, jump(projected, p @ E, s, u), atol=1e-4)
+
+
+@pytest.mark.parametrize('vocab', [20, 80])
+def test_projected_noise_has_covariance_of_the_dense(vocab):
+    model = tiny(vocab=vocab)
+    h = model.noise(4000, 6, torch.Generator().manual_seed(0)).detach().flatten(0, 1)
+    E = model.net.embed.detach()
+    want = E.T @ E
+    assert (h.T @ h / len(h) - want).abs().max() < 0.05 * want.diagonal().max()
+
+
+# ---------------------------------------------------------------------------------------------
+# Flow map, on a flow whose denoiser is known: one position, K tokens of prior pi
+
+PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=DOUBLE)
+
+
+def exact_denoiser(x, t):
+    """D_t(x)_k ~ pi_k exp(t x_k / (1-t)^2): Bayes for x = (1-t) eps + t e_k."""
+    return (PRIOR.log() + t * x / (1 - t) ** 2).softmax(-1)
+
+
+def exact_map(x, s, t, calls=4000):
+    """X_{s,t}(x) by Heun's method on dx/dr = (D_r(x) - x)/(1-r)."""
+    def v(x, r):
+        return (exact_denoiser(x, r) - x) / (1 - r)
+    grid = torch.linspace(s, t, calls + 1, dtype=DOUBLE)
+    for a, b in zip(grid[:-1], grid[1:]):
+        k = v(x, a)
+        x = x + (b - a) / 2 * (k + v(x + (b - a) * k, b))
+    return x
+
+
+def exact_delta(x, s, t):
+    """delta_{s,t}(x) = x + (1-s) (X_{s,t}(x) - x) / (t-s)."""
+    return x + (1 - s) * (exact_map(x, s, t) - x) / (t - s)
+
+
+def test_flow_map_identity_and_semigroup_on_the_exact_ode():
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, dtype=DOUBLE)
+    s, u, t = (torch.tensor(v, dtype=DOUBLE) for v in (0.1, 0.4, 0.8))
+    delta = exact_delta(x, s, t)
+    assert delta.min() > -1e-6 and torch.allclose(delta.sum(-1), torch.ones(64, dtype=DOUBLE))
+    assert torch.allclose(jump(x, delta, s, t), exact_map(x, s, t), atol=1e-9)
+    assert torch.equal(jump(x, delta, s, s), x)
+    x_u = jump(x, exact_delta(x, s, u), s, u)
+    g = semigroup_weight(s, u, t)
+    assert torch.allclose(delta, g * exact_delta(x, s, u) + (1 - g) * exact_delta(x_u, u, t), atol=1e-6)
+    assert semigroup_weight(s, u, torch.tensor(1., dtype=DOUBLE)) == 0
+
+
+class ExactNet:
+    """Stands in for both networks of a distillation; h is x itself (E = identity), tau is t."""
+
+    def __call__(self, h, given, tau, tau_to=None):
+        rows = [exact_denoiser(x, s) if tau_to is None else exact_delta(x, s, r)
+                for x, s, r in zip(h, tau, tau if tau_to is None else tau_to)]
+        return torch.stack(rows).log()
+
+    net = property(lambda self: self)
+
+    def t_of(self, tau):
+        return tau
+
+    def jump(self, h, p, given, s, t):
+        return jump(h, p, s[:, None, None], t[:, None, None])
+
+
+@pytest.mark.parametrize('method, leg, tolerance', [('semigroup', .5, 1e-6), ('lagrangian', .01, .01),
+                                                    ('eulerian', .01, .01)])
+def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, tolerance):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, dtype=DOUBLE)
+    s, t = torch.tensor([.0, .2], dtype=DOUBLE), torch.tensor([.9, .6], dtype=DOUBLE)
+    o = distill.Options(method=method, leg=leg)
+    target = distill.flow_map_target(ExactNet(), ExactNet(), x, no_given(2, 4), s, t, o)
+    want = torch.stack([exact_delta(*args) for args in zip(x, s, t)])
+    assert torch.allclose(target, want, atol=tolerance)
+    assert torch.allclose(target.sum(-1), torch.ones(2, 4, dtype=DOUBLE))
+
+
+def test_time_pairs():
+    o = distill.Options(diagonal=0.5, boundary=0.25)
+    s, t, n = distill.time_pairs(64, o, torch.Generator().manual_seed(0), torch.device('cpu'))
+    assert n == 32 and torch.equal(s[:n], t[:n])
+    assert ((s[n:] == 0) & (t[n:] == 1)).sum() == 8
+    assert (s <= t).all() and s.min() >= 0 and t.max() <= 1
+    assert sorted((s[:n] * n).long().tolist()) == list(range(n))            # stratified
+
+
+def test_bridge_mean_and_variance():
+    torch.manual_seed(0)
+    t, s, n = torch.tensor(.3), torch.tensor(.7), 400_000
+    x_t = .7 * torch.randn(n) + .3                      # e = 1
+    x_s = bridge(x_t, torch.ones(n), t, s, torch.randn(n))
+    # marginal at s, and the covariance of a path that forgets its noise: Cov(x_s, x_t) = a Var(x_t)
+    assert abs(x_s.mean() - .7) < .005 and abs(x_s.std() - .3) < .005
+    a = t / s * ((1 - s) / (1 - t)) ** 2
+    assert abs(((x_s - .7) * (x_t - .3)).mean() - a * .49) < .005
+    first = bridge(torch.randn(n), torch.ones(n), torch.tensor(0.), s, torch.randn(n))
+    assert abs(first.mean() - .7) < .005 and abs(first.std() - .3) < .005
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss, student, samplers
+
+def test_loss_against_brute_force():
+    model = tiny(vocab=5, length=4)
+    tokens, given = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]]), no_given(2, 4)
+    given[0, :2] = True
+    tau = torch.tensor([.3, .8])
+    loss = model.loss(tokens, given, tau, torch.Generator().manual_seed(0))
+    p = model.net(model.corrupt(tokens, given, tau, torch.Generator().manual_seed(0)), given, tau).softmax(-1)
+    for b, positions in enumerate(([2, 3], [0, 1, 2, 3])):
+        brute = -sum(math.log(p[b, i, tokens[b, i]]) for i in positions) / len(positions)
+        assert abs(loss[b].item() - brute) < 1e-5
+    onehot = torch.nn.functional.one_hot(tokens, 5).float()
+    assert torch.allclose(row_cross_entropy(p.log(), onehot, given), loss, atol=1e-5)
+
+
+def make_student(teacher, **more):
+    student = OneHotFlow(Config(**{**teacher.config.__dict__, 'two_time': True}))
+    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
+    return student.eval()
+
+
+def test_student_equals_teacher_at_the_start():
+    teacher = tiny()
+    student = make_student(teacher)
+    h, given, s = torch.randn(3, 6, 32), no_given(3, 6), torch.tensor([0., .4, .9])
+    assert torch.equal(teacher.net(h, given, s), student.net(h, given, s, s))
+
+
+SAMPLERS = [dict(), dict(gamma=.7), dict(gamma=1.), dict(sampler='bridge'), dict(top_p=.5), dict(temperature=2.)]
+
+
+@pytest.mark.parametrize('how', SAMPLERS)
+def test_given_tokens_come_back_and_special_ids_are_never_written(how):
+    model, tokens = tiny(), torch.randint(8, (50, 6))
+    given = torch.rand(50, 6) < 0.3
+    with torch.no_grad():
+        model.net.head.bias[-2:] += 10                  # the network would love to write <sep> and <bos>
+    out = model.sample(tokens, given, 3, torch.Generator().manual_seed(0), **how)
+    assert torch.equal(out[given], tokens[given]) and out[~given].max() < 10
+
+
+def test_every_sampler_option_changes_the_samples():
+    model, tokens = tiny(), torch.zeros(50, 6, dtype=torch.long)
+    rows = [model.sample(tokens, no_given(50, 6), 6, torch.Generator().manual_seed(0), **how).tolist()
+            for how in SAMPLERS]
+    assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
+
+
+def test_temperature_changes_the_entropy():
+    model, tokens = tiny(), torch.zeros(400, 6, dtype=torch.long)
+    spread = [torch.bincount(model.sample(tokens, no_given(400, 6), 4, torch.Generator().manual_seed(0),
+                             sampler='bridge', temperature=T).flatten(), minlength=12).float()
+              for T in (.2, 5.)]
+    cold, hot = (-(p / p.sum() * (p / p.sum() + 1e-9).log()).sum() for p in spread)
+    assert hot > cold + 0.2
+
+
+def test_first_call_sees_pure_noise_at_tau_0(monkeypatch):
+    model, seen = tiny(vocab=80), []
+    forward = model.net.forward
+    monkeypatch.setattr(model.net, 'forward', lambda h, given, tau, to=None: (
+        seen.append((h, tau)), forward(h, given, tau, to))[1])
+    model.sample(torch.zeros(500, 6, dtype=torch.long), no_given(500, 6), 2, torch.Generator().manual_seed(0))
+    h, tau = seen[0]
+    assert (tau == 0).all() and len(seen) == 2
+    E = model.net.embed.detach()
+    want = (E.T @ E).diagonal().sum()
+    assert abs(h.pow(2).sum(-1).mean() - want) < 0.05 * want and h.mean((0, 1)).abs().max() < 0.6
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimiser, average, distillation end to end on a dozen rows
+
+def test_ema_ramp_and_decay():
+    model, ema = tiny(), tiny(seed=1)
+    o = train_teacher.Options(ema=0.5, iters=10, optimiser='adamw', lr=0.0)
+    opts = train_teacher.optimisers(model, o)
+    before, (p, q) = ema.net.embed.clone(), (model.net.embed, ema.net.embed)
+    model.net.embed.sum().backward()
+    train_teacher.update(model, ema, opts, 0, o)                            # decay (1+0)/(10+0)
+    assert torch.allclose(q, 0.1 * before + 0.9 * p, atol=1e-6)
+    train_teacher.update(model, ema, opts, 10 ** 6, o)
+    assert torch.allclose(q, 0.05 * before + 0.95 * p, atol=1e-6)
+
+
+def test_muon_makes_updates_orthogonal():
+    g = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
+    for m in (g, g.transpose(1, 2)):
+        sizes = torch.linalg.svdvals(train_teacher.orthogonal(m))
+        assert sizes.min() > 0.4 and sizes.max() < 1.3
+
+
+@pytest.fixture(scope='module')
+def dozen(tmp_path_factory):
+    """Two dates in all eight forms: prepared, trained and distilled by the real scripts' main()."""
+    folder = tmp_path_factory.mktemp('dozen')
+    days = ['1987-03-23', '2001-12-04']
+    pairs = [(day, form) for day in days for form in prepare_data.date_forms(day)]
+    spec = prepare_data.date_tokenizer(prepare_data.dates(0)[1])
+    rows, _ = prepare_data.pack_rows(prepare_data.encoding(spec), pairs, 22)
+    prepare_data.write_dataset(folder / 'data', [rows.reshape(-1)] * 2, spec, kind='rows', pairs=True,
+                               length=22, source='test', left_out=0)
+    small = dict(data=str(folder / 'data'), device='cpu', batch=32, eval_every=10 ** 6)
+    train_teacher.main(train_teacher.Options(out=str(folder / 'teacher'), iters=250, layers=2, width=64,
+                                             **small))
+    before = (folder / 'teacher' / 'model.pt').read_bytes()
+    distill.main(distill.Options(teacher=str(folder / 'teacher'), out=str(folder / 'student'), iters=400,
+                                 **small))
+    assert (folder / 'teacher' / 'model.pt').read_bytes() == before        # teacher untouched
+    return folder
+
+
+def test_overfit_two_dates_in_one_call(dozen):
+    meta, train, _ = train_teacher.load_data(dozen / 'data')
+    figures = {}
+    for who in ('teacher', 'student'):
+        model, _ = load(dozen / who / 'model.pt')
+        rows, _ = sample.draw_rows(model, meta, train, 200, 1, seed=0)
+        figures[who] = sample.health(rows, meta)
+    assert figures['student']['valid'] >= 0.95 and figures['student']['form_entropy'] > 0.8, figures
+    assert figures['teacher']['valid'] < 0.5, figures

@@ -1,0 +1,308 @@
+"""Train a teacher: a flow that writes in 64 network calls, for distill.py to turn into one call.
+
+    python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
+    python train_teacher.py --data data/dates --iters 5000
+    python train_teacher.py --data data/lm1b --preset small  # the paper's 12 x 768, for a GPU
+
+Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
+"""
+import copy
+import io
+import json
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prepare_data import fail, parse, write_whole
+
+PRESETS = {
+    'tiny': {},         # the defaults below: a laptop
+    'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, optimiser='adamw', lr=3e-4,
+                  warmup=2500, decay=0.0, ema=0.9999, batch=512, iters=1_000_000, eval_every=5000),
+}
+
+
+@dataclass
+class Options:
+    data: str = 'data/pydocs'   # folder made by prepare_data.py
+    out: str = ''               # folder for model.pt and log.jsonl; default out/<data>/teacher
+    preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
+    iters: int = 4000           # optimiser iterations
+    batch: int = 64             # rows per iteration
+    optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
+    lr: float = 3e-3            # peak learning rate of AdamW
+    muon_lr: float = 0.02       # peak learning rate of Muon
+    warmup: int = 50            # iterations of linear warm-up
+    decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
+    ema: float = 0.999          # decay of the averaged weights, which samples are drawn with
+    layers: int = 4             # transformer blocks
+    heads: int = 4              # attention heads
+    width: int = 128            # D, channels of the residual stream
+    dropout: float = 0.0        # on attention-out and MLP-out
+    gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
+    axis: str = 'paper'         # tau(t): paper (decoding error falls linearly) | uniform (tau = t)
+    given: float = 0.1          # share of rows without source that get random given tokens
+    eval_every: int = 500       # iterations between validations; each one saves
+    resume: bool = False        # go on from <out>/model.pt
+    seed: int = 0               # of weights, batches and noise
+    device: str = ''            # cpu, cuda or mps; default the best there is
+    compile: bool = True        # torch.compile, on CUDA only
+
+
+OPTIONS = parse(Options, presets=PRESETS) if __name__ == '__main__' else None   # before torch loads
+
+import numpy as np                                                               # noqa: E402
+import torch                                                                     # noqa: E402
+
+from model import Config, OneHotFlow, load, record                               # noqa: E402
+
+# ---------------------------------------------------------------------------------------------
+# Harness: what distil.py needs as well
+
+def pick_device(name):
+    """A torch.device: the one named, else cuda, mps or cpu in this order."""
+    if not name:
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        fail(f'--device {name}: not available here; leave --device out to use what there is')
+    return torch.device(name)
+
+
+def load_data(folder):
+    """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
+    folder = Path(folder)
+    if not (folder / 'meta.json').is_file():
+        fail(f'{folder} holds no prepared data; run: python prepare_data.py {folder.name}')
+    meta = json.loads((folder / 'meta.json').read_text())
+    ids = [np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r') for split in ('train', 'val')]
+    for split, array in zip(('train', 'val'), ids):
+        if len(array) != meta[f'{split}_tokens']:
+            fail(f'{folder}/{split}.bin has {len(array)} tokens, meta.json says {meta[f"{split}_tokens"]}; '
+                 f'run: python prepare_data.py {folder.name}')
+    return meta, *ids
+
+
+def generator(device, *key):
+    """A generator seeded by the numbers in `key`, so that no state has to be saved for an exact resume."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def get_batch(ids, meta, n, share, rng, device):
+    """n random rows: tokens (n, L) int64, given (n, L) bool, and tau (n,) stratified over the batch.
+
+    Pairs have their source given. Of other rows a `share` gets a random prefix or random tokens given,
+    which is what makes prompts and infilling work in a single call.
+    """
+    L = meta['length']
+    cpu = torch.Generator().manual_seed(rng.initial_seed())
+    if meta['kind'] == 'rows':
+        at = torch.randint(len(ids) // L, (n,), generator=cpu) * L
+    else:
+        at = torch.randint(len(ids) - L + 1, (n,), generator=cpu)
+    tokens = torch.stack([torch.from_numpy(ids[i:i + L].astype(np.int64)) for i in at.tolist()])  # (n, L)
+    if meta['pairs']:
+        given = source_mask(tokens, meta)
+    else:
+        r = torch.rand(3, n, 1, generator=cpu)
+        prefix = torch.arange(L) < r[1] * L * 0.75
+        spread = torch.rand(n, L, generator=cpu) < r[1]
+        given = (r[0] < share) & torch.where(r[2] < 0.5, prefix, spread)
+    tau = (torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1
+    if device.type == 'cuda':
+        tokens, given, tau = (x.pin_memory() for x in (tokens, given, tau))
+    return tuple(x.to(device, non_blocking=True) for x in (tokens, given, tau))
+
+
+def source_mask(tokens, meta):
+    """True up to and including the first <sep>: (B, L) -> (B, L)."""
+    sep = tokens == meta['special']['<sep>']
+    return (sep.cumsum(1) == 0) | (sep & (sep.cumsum(1) == 1))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are made orthogonal (Newton-Schulz), K. Jordan 2024.
+
+    At this size it needs about half the iterations of AdamW. Matrices of one shape are stacked, so that
+    a whole network costs a handful of batched products.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+                update = torch.stack(torch._foreach_lerp(grads, momenta, group['momentum']))  # Nesterov
+                update = orthogonal(update) * max(1, update.shape[1] / update.shape[2]) ** 0.5
+                torch._foreach_add_(params, list(update.unbind()), alpha=-group['lr'])
+
+
+def orthogonal(g):
+    """Nearest semi-orthogonal matrices, roughly: all singular values of g (n, a, b) to about 1."""
+    wide = g.shape[1] <= g.shape[2]
+    x = g if wide else g.transpose(1, 2)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):          # a quintic whose iteration pushes singular values to [0.7, 1.2]
+        a = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if wide else x.transpose(1, 2)
+
+
+def optimisers(model, o):
+    """Muon for the matrices inside the blocks, AdamW for everything else that trains."""
+    params = dict((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    matrices = [p for n, p in params.items() if o.optimiser == 'muon' and p.ndim == 2
+                and 'blocks' in n and '.ada.' not in n]
+    rest = [p for p in params.values() if not any(p is q for q in matrices)]
+    made = [torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    if matrices:
+        made.append(Muon(matrices, lr=o.muon_lr))
+    for opt in made:
+        opt.param_groups[0]['peak'] = opt.param_groups[0]['lr']
+    return made
+
+
+def update(model, ema, opts, it, o):
+    """One optimiser iteration from the gradients at hand, then the average; returns their norm."""
+    # linear warm-up, flat, then a linear fall to 0 over the last `decay` share of the run
+    factor = min(1, (it + 1) / o.warmup, (o.iters - it) / (o.decay * o.iters) if o.decay else 1)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt in opts:
+        opt.param_groups[0]['lr'] = opt.param_groups[0]['peak'] * factor
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
+    with torch.no_grad():
+        decay = min(o.ema, (1 + it) / (10 + it))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    return norm
+
+
+def autocast(device):
+    """bf16 where the GPU has it, fp32 elsewhere."""
+    on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    return torch.autocast('cuda', torch.bfloat16) if on else nullcontext()
+
+
+class Log:
+    """One progress line with ETA on the terminal, the same record in log.jsonl."""
+
+    def __init__(self, out, o, start=0):
+        self.file, self.o, self.start, self.began = Path(out) / 'log.jsonl', o, start, time.time()
+        if start == 0:
+            write_whole(self.file, b'')
+
+    def __call__(self, it, **values):
+        seconds = time.time() - self.began
+        left = seconds / max(1, it - self.start) * (self.o.iters - it)
+        text = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in values.items())
+        print(f'{it:6d}/{self.o.iters}  {text}  {clock(seconds)}, {clock(left)} left', flush=True)
+        with open(self.file, 'a', encoding='utf-8') as f:
+            f.write(json.dumps({'iter': it, 'seconds': round(seconds, 2), **values}) + '\n')
+
+
+def clock(seconds):
+    return f'{int(seconds // 60)}:{int(seconds % 60):02d}'
+
+
+def save(out, model, ema, opts, it, meta, o, **more):
+    """<out>/model.pt, whole or not at all: tensors and plain values only."""
+    ckpt = {**record(model), 'model': model.state_dict(), 'ema': ema.state_dict(),
+            'optimisers': [opt.state_dict() for opt in opts], 'iter': it, 'meta': meta,
+            'options': {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(o).items()},
+            'versions': {'torch': torch.__version__, 'python': platform.python_version()}, **more}
+    buffer = io.BytesIO()
+    torch.save(ckpt, buffer)
+    write_whole(Path(out) / 'model.pt', buffer.getbuffer())
+
+
+# ---------------------------------------------------------------------------------------------
+
+def main(o):
+    device = pick_device(o.device)
+    meta, train, val = load_data(o.data)
+    out = Path(o.out or f'out/{meta["name"]}/teacher')
+    torch.manual_seed(o.seed)
+    model = OneHotFlow(Config(vocab=meta['vocab'], length=meta['length'], layers=o.layers, heads=o.heads,
+                              width=o.width, dropout=o.dropout, gate=o.gate, axis=o.axis)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    opts = optimisers(model, o)
+    start = 0
+    if o.resume:
+        start = restore(out, model, ema, opts)
+    if o.compile and device.type == 'cuda':
+        model.net.compile()         # in place: the names of the weights stay as they are
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out, o, start)
+    size = sum(p.numel() for p in model.parameters())
+    print(f'{size / 1e6:.2f}M parameters on {device}, {o.batch * meta["length"]:,} tokens per iteration, '
+          f'{len(train):,} in {o.data}')
+
+    bins, counts = torch.zeros(8, device=device), torch.zeros(8, device=device)
+    for it in range(start, o.iters + 1):
+        last = it == o.iters
+        if (it % o.eval_every == 0 and it > start) or last:
+            log(it, val=validate(ema, val, meta, device))
+            save(out, model, ema, opts, it, meta, o)
+        if last:
+            break
+        rng = generator(device, o.seed, it)
+        tokens, given, tau = get_batch(train, meta, o.batch, o.given, rng, device)
+        with autocast(device):
+            losses = model.loss(tokens, given, tau, rng)                        # (B,)
+        losses.mean().backward()
+        norm = update(model, ema, opts, it, o)
+
+        # loss by tau, noise to data: where the teacher is still learning
+        at = (tau * 8).long()
+        bins.index_add_(0, at, losses.detach())
+        counts.index_add_(0, at, torch.ones_like(losses))
+        if (it + 1) % 100 == 0:
+            loss = (bins.sum() / counts.sum()).item()
+            if not np.isfinite(loss):
+                fail(f'the loss is {loss} at iteration {it + 1}; lower --lr and --muon-lr, then --resume')
+            log(it + 1, loss=loss, norm=norm.item(), bins=[round(x, 3) for x in (bins / counts).tolist()])
+            bins.zero_(), counts.zero_()
+    print(f'wrote {out}/model.pt and {out}/log.jsonl')
+    print(f'next: python distill.py {out}')
+
+
+@torch.no_grad()
+def validate(model, ids, meta, device, batches=4):
+    """Mean loss on fixed validation rows, times and noise: two runs see the same ones."""
+    losses = []
+    for i in range(batches):
+        rng = generator(device, 1234, i)
+        with autocast(device):
+            losses.append(model.loss(*get_batch(ids, meta, 64, 0.0, rng, device), rng).mean().item())
+    return sum(losses) / batches
+
+
+def restore(out, model, ema, opts):
+    """Load <out>/model.pt into everything that trains; returns the iteration to go on from."""
+    try:
+        _, ckpt = load(out / 'model.pt')
+        model.load_state_dict(ckpt['model'])
+        ema.load_state_dict(ckpt['ema'])
+        for opt, state in zip(opts, ckpt['optimisers'], strict=True):
+            opt.load_state_dict(state)
+    except (ValueError, RuntimeError) as e:
+        fail(f'--resume: {out}/model.pt: {str(e).splitlines()[0]}; start afresh without --resume')
+    return ckpt['iter']
+
+
+if __name__ == '__main__':
+    main(OPTIONS)

@@ -18,13 +18,13 @@ from prepare_data import fail, parse
 @dataclass
 class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
-    out: str = ''               # folder for model.pt and log.jsonl; default: student beside the teacher
+    out: str = ''               # folder for model.pt and log.jsonl; default student, beside it
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
     method: str = 'semigroup'   # semigroup | lagrangian | eulerian: where the middle time u lies
     leg: float = 0.1            # length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.5       # share of rows at s = t
     boundary: float = 0.2       # of the others, share at (s, t) = (0, 1): the one-call map itself
-    teacher_diagonal: bool = True   # at s = t learn from the teacher; --no-...: from data (no teacher)
+    teacher_diagonal: bool = True   # at s = t learn from the teacher; else from data alone
     iters: int = 4000           # optimiser iterations
     batch: int = 64             # rows per iteration
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
@@ -40,19 +40,19 @@ class Options:
     compile: bool = True        # torch.compile, on CUDA only
 
 
-OPTIONS = parse(Options, positional=['teacher']) if __name__ == '__main__' else None
+OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else None
 
 import numpy as np                                                               # noqa: E402
 import torch                                                                     # noqa: E402
 
-from model import OneHotFlow, row_cross_entropy, semigroup_weight                # noqa: E402
-from sample import draw_rows, health, open_checkpoint                            # noqa: E402
+from model import OneHotFlow, row_cross_entropy, semigroup_weight  # noqa: E402
+from sample import draw_rows, health, open_checkpoint  # noqa: E402
 from train_teacher import (Log, autocast, generator, get_batch, load_data, optimisers, pick_device,
                            restore, save, update)                                # noqa: E402
 
 
 def time_pairs(B, o, rng, device):
-    """(tau_s, tau_t), each (B,), and n: rows :n lie on the diagonal s = t, some at (0, 1), the rest between.
+    """(tau_s, tau_t), each (B,), and n: rows :n lie at s = t, some at (0, 1), the rest between.
 
     Between: t - s ~ U(0, 1) and s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813.
     """
@@ -71,7 +71,7 @@ def flow_map_target(student, teacher, h, given, s, t, o):
 
     semigroup   u in the middle, both legs by the student
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
-    eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s (consistency distillation)
+    eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
     One formula for the three (Eq. of semigroup_weight), no derivative, and always in the simplex.
     """
     share = {'semigroup': 0.5, 'lagrangian': 1 - o.leg, 'eulerian': o.leg}[o.method]
@@ -90,16 +90,18 @@ def main(o):
     device = pick_device(o.device)
     teacher, ckpt = open_checkpoint(o.teacher, device)
     if teacher.config.two_time:
-        fail(f'{o.teacher} is a student already; name its teacher: python distill.py FOLDER_OF_TEACHER')
+        fail(f'{o.teacher} is a student already; run: python distill.py FOLDER_OF_ITS_TEACHER')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
     out = Path(o.out) if o.out else folder.with_name('student')
-    meta, train, val = load_data(o.data or ckpt['options']['data'])
+    data = o.data or ckpt['options']['data']
+    meta, train, val = load_data(data)
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
-        fail(f'{o.data or ckpt["options"]["data"]} is not the data that {o.teacher} was trained on; name it by --data')
+        fail(f'{data} is not what {o.teacher} was trained on; name that folder by --data')
 
     torch.manual_seed(o.seed)
     student = OneHotFlow(replace(teacher.config, two_time=True, dropout=0.0)).to(device)
-    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})   # time_to stays as it is: zero
+    # the second time starts at zero, so that the student starts as its teacher
+    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
     # the embedding spans the space both networks read and write: shared, so never trained
     student.net.embed.requires_grad_(False)
     teacher.requires_grad_(False)
@@ -112,7 +114,7 @@ def main(o):
     log = Log(out, o, start)
     if o.teacher_diagonal:
         D = teacher.net
-    else:                               # self-distillation: the student's own diagonal is the denoiser
+    else:       # self-distillation: the student's own diagonal is the denoiser
         def D(h, given, tau): return student.net(h, given, tau, tau)
 
     sums = torch.zeros(3, device=device)
@@ -136,7 +138,8 @@ def main(o):
                     diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)
             else:
                 diagonal = torch.nn.functional.one_hot(tokens[:n], meta['vocab']).float()
-            losses = row_cross_entropy(student.net(h, given, s, t), torch.cat([diagonal, target]), given)
+            target = torch.cat([diagonal, target])
+            losses = row_cross_entropy(student.net(h, given, s, t), target, given)
         losses.mean().backward()
         norm = update(student, ema, opts, it, o)
         edge = t - s == 1
@@ -146,7 +149,7 @@ def main(o):
         if (it + 1) % 100 == 0:
             diag, one, rest = (sums / 100).tolist()
             if not np.isfinite(diag + one + rest):
-                fail(f'the loss is not finite at iteration {it + 1}; lower --lr and --muon-lr, then --resume')
+                fail(f'no finite loss at iteration {it + 1}; lower --lr and --muon-lr, --resume')
             log(it + 1, diagonal=diag, between=rest, one_call=one, norm=norm.item())
             sums.zero_()
     print(f'wrote {out}/model.pt and {out}/log.jsonl')

@@ -7,12 +7,12 @@ Conventions, used everywhere in this repository:
   nfe            network calls of a sampler
   given          (B, L) bool, the positions that are known (source, prompt, infill) and never noised
 
-The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^(L x V).
-The network's first layer is linear, so all it ever sees of x_t is h = x_t E, E (V x D) its embedding
-table. We keep h alone: noise is drawn directly as z C^T with C C^T = E^T E, a clean token is a row of
-E, and Euler steps, flow maps and bridges act on h as they do on x, being affine in x. So nothing of
-size (B, L, V) exists on the input side, and a one-hot flow is an embedding-space flow whose noise has
-covariance E^T E.
+The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
+each of the L positions. The network's first layer is linear, so all it ever sees of x_t is
+h = x_t E, E (V x D) its embedding table. We keep h alone: noise is drawn directly as z F with
+F^T F = E^T E, a clean token is a row of E, and Euler steps, flow maps and bridges act on h as they
+do on x, for they are affine in x. So nothing of size (B, L, V) exists on the input side, and a
+one-hot flow is an embedding-space flow whose noise has covariance E^T E.
 
 model.py imports nothing else of this repository.
 """
@@ -40,19 +40,20 @@ class Config:
     two_time: bool = False      # a flow map also knows the time it jumps to
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The denoiser, used by every model: noisy rows h (B, L, D) at time tau (B,) -> logits (B, L, V)
 
 def sinusoid(tau, dim=256):
     """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
     # periods from 0.006 to 63, so that both neighbouring times and far ones can be told apart
-    freqs = 1000 * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=tau.device) / (dim // 2))
+    index = torch.arange(dim // 2, device=tau.device)
+    freqs = 1000 * torch.exp(-math.log(10000) * index / (dim // 2))
     angles = tau[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv:2104.09864): turn pairs of channels by angles that grow with the position."""
+    """Rotary positions (arXiv:2104.09864): turn channel pairs by angles that grow with position."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -68,7 +69,7 @@ class TimeEmbedding(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Bidirectional attention and MLP, both shifted, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
+    """Bidirectional attention and MLP, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
 
     def __init__(self, c):
         super().__init__()
@@ -84,8 +85,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(cond)[:, None].chunk(6, dim=-1)
         y = F.layer_norm(x, (D,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(y).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        # unit-size queries and keys bound the attention logits, which lets the learning rate be large
-        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)                       # (B, heads, L, D/heads)
+        # unit-size queries and keys bound the attention logits: the learning rate may be large
+        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)      # (B, heads, L, D/heads)
         k = rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.out(y.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
@@ -120,8 +121,8 @@ class Denoiser(nn.Module):
                 nn.init.zeros_(p)
         nn.init.normal_(self.position, std=0.02)
         nn.init.normal_(self.known, std=0.02)
-        # zero: the time modulates nothing yet, every token is equally likely, and a fresh target time
-        # leaves a student equal to its teacher
+        # zero: the time modulates nothing yet, every token is equally likely, and a fresh target
+        # time leaves a student equal to its teacher
         for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
                       *([self.time_to[2]] if c.two_time else [])]:
             nn.init.zeros_(layer.weight)
@@ -140,13 +141,13 @@ class Denoiser(nn.Module):
         return 30 * torch.tanh(logits / 30)         # soft cap, keeps bf16 logits finite
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Pure functions: the mathematics, testable on toys with known answers. t, s, u broadcast.
 
 def right_token(t, K):
     """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813.
 
-    t (n,) float64 in [0, 1), K the vocabulary size -> (n,), by Gauss-Hermite quadrature with 100 nodes.
+    t (n,) float64 in [0, 1), K the vocabulary size -> (n,), by 100 Gauss-Hermite nodes.
     """
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(100))
     log_cdf = torch.special.log_ndtr(nodes + (t / (1 - t))[:, None])            # (n, 100)
@@ -154,7 +155,7 @@ def right_token(t, K):
 
 
 def time_axis(K, knots=10001):
-    """Knots of tau(t) = K/(K-1) (q(t) - 1/K): (ts, taus), each (knots,) float64, rising from 0 to 1."""
+    """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, 0 to 1."""
     ts = torch.linspace(0, 1, knots, dtype=torch.float64)
     taus = (right_token(ts[:-1], K) - 1 / K) * K / (K - 1)
     taus = torch.cat([taus.clamp(0, 1), torch.ones(1)]) 
@@ -170,32 +171,31 @@ def interpolate(x, xs, ys):
 
 
 def jump(x, p, s, t):
-    """X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p, an Euler step for p = D_s and the flow map for p = delta_{s,t}.
-
-    arXiv:2602.16813; x (..., D) and p already times E, or both dense. At s = t nothing moves.
+    """X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p: an Euler step for p = D_s, the flow map for
+    p = delta_{s,t} (arXiv:2602.16813). x and p both dense, or both times E.
     """
     keep = (1 - t) / (1 - s).clamp(min=1e-6)
     return keep * x + (1 - keep) * p
 
 
 def semigroup_weight(s, u, t):
-    """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813; 0 at t = 1."""
+    """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813."""
     return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
 
 
 def bridge(x, e, t, s, noise):
-    """Draw x_s given x_t and the clean e, s > t (arXiv:2605.13681): N(a x + b e, v I); noise is a unit draw."""
+    """Draw x_s, s > t, given x_t and the clean e: N(a x + b e, v I), arXiv:2605.13681."""
     a = t / s * ((1 - s) / (1 - t)) ** 2
     v = (1 - s) ** 2 * (1 - a * t / s)
     return a * x + (s - a * t) * e + v.clamp(min=0).sqrt() * noise
 
 
 def dense_corrupt(onehot, eps, t, E):
-    """Reference only: h = ((1-t) eps + t onehot) E with everything of size (B, L, V) spelled out."""
+    """For reference only: h = ((1-t) eps + t onehot) E with (B, L, V) noise and one-hot rows."""
     return ((1 - t) * eps + t * onehot) @ E
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
 
 class OneHotFlow(nn.Module):
@@ -220,37 +220,37 @@ class OneHotFlow(nn.Module):
         """
         E = self.net.embed.float()
         if E.shape[0] <= E.shape[1]:
-            return E                                                            # V <= D: nothing to save
+            return E                                                        # nothing to save
         gram = E.T @ E                                                          # (D, D)
         jitter = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
         return torch.linalg.cholesky(gram + jitter).T
 
-    def noise(self, B, L, rng=None):
+    def noise(self, B, L, rng=None, factor=None):
         """eps E, eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, D)."""
-        factor = self.noise_factor()
+        factor = self.noise_factor() if factor is None else factor
         z = torch.randn(B, L, len(factor), generator=rng, device=factor.device)
         return z @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
-        """Noisy rows h at times tau (B,): tokens (B, L) -> (B, L, D); given positions stay clean."""
+        """Noisy rows at tau (B,): tokens (B, L) -> h (B, L, D); given positions stay clean."""
         t = self.t_of(tau)[:, None, None]
         clean = self.net.embed[tokens].float()                                  # (B, L, D)
         h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
         return torch.where(given[..., None], clean, h)
 
     def loss(self, tokens, given, tau, rng=None):
-        """Cross-entropy of the clean tokens, mean over the positions not given, per row: (B,), nats."""
+        """Cross-entropy of the clean tokens, mean over positions not given: (B,), nats."""
         h = self.corrupt(tokens, given, tau, rng)
         return row_cross_entropy(self.net(h, given, tau), tokens, given)
 
     def jump(self, h, p, given, tau_s, tau_t):
-        """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given positions stay."""
+        """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given rows stay."""
         s, t = self.t_of(tau_s)[:, None, None], self.t_of(tau_t)[:, None, None]
         return torch.where(given[..., None], h, jump(h, p @ self.net.embed.float(), s, t))
 
     @torch.no_grad()
-    def sample(self, tokens, given, nfe, rng=None, sampler='euler', gamma=0.0, temperature=1.0, top_p=1.0,
-               watch=None):
+    def sample(self, tokens, given, nfe, rng=None, sampler='euler', gamma=0.0, temperature=1.0,
+               top_p=1.0, watch=None):
         """Write the positions of tokens (B, L) that are not given, in nfe network calls: (B, L).
 
         sampler  euler (a student takes its flow map instead) | bridge
@@ -258,8 +258,9 @@ class OneHotFlow(nn.Module):
         temperature, top_p act on every prediction; watch(tau, tokens) is shown the argmax of each
         """
         B, L = tokens.shape
-        clean = self.net.embed[tokens].float()
-        h = torch.where(given[..., None], clean, self.noise(B, L, rng))         # tau = 0: pure noise
+        E, factor = self.net.embed.float(), self.noise_factor()
+        clean = E[tokens]                                                       # (B, L, D)
+        h = torch.where(given[..., None], clean, self.noise(B, L, rng, factor))     # tau = 0
         grid = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):
             now, then = grid[i].expand(B), grid[i + 1].expand(B)
@@ -276,19 +277,18 @@ class OneHotFlow(nn.Module):
             if i == nfe - 1:
                 break
             if sampler == 'bridge':
-                e = self.net.embed[draw(p, rng)].float()
-                h_next = bridge(h, e, s, t, self.noise(B, L, rng))
+                h_next = bridge(h, E[draw(p, rng)], s, t, self.noise(B, L, rng, factor))
             else:
-                h_next = jump(h, p @ self.net.embed.float(), s, r)
+                h_next = jump(h, p @ E, s, r)
                 if gamma:
-                    h_next = t / r * h_next + gamma * (1 - t) * self.noise(B, L, rng)
+                    h_next = t / r * h_next + gamma * (1 - t) * self.noise(B, L, rng, factor)
             h = torch.where(given[..., None], clean, h_next)
         last = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
         return torch.where(given, tokens, last)
 
 
 def nucleus(p, top_p):
-    """Keep the most likely tokens of total probability top_p, renormalised: (..., V) -> (..., V)."""
+    """Keep the most likely tokens of total probability top_p: (..., V) -> (..., V)."""
     if top_p >= 1:
         return p
     sorted_p, order = p.sort(dim=-1, descending=True)
@@ -303,25 +303,25 @@ def draw(p, rng=None):
 
 
 def row_cross_entropy(logits, target, given):
-    """Mean over the positions not given, per row: logits (B, L, V), target ids (B, L) or p (B, L, V) -> (B,)."""
+    """Mean over positions not given: logits (B, L, V), ids (B, L) or p (B, L, V) -> (B,), nats."""
     logits = logits.transpose(1, 2)                                             # (B, V, L)
     target = target if target.ndim == 2 else target.transpose(1, 2)
     loss = F.cross_entropy(logits, target, reduction='none') * ~given           # (B, L)
     return loss.sum(1) / (~given).sum(1).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Checkpoints: tensors and plain values only
 
 FORMAT = 1
 
 
 def load(path, device='cpu', ema=True):
-    """A checkpoint file -> (model in eval mode, its dict). ValueError says what is wrong with the file."""
+    """A checkpoint file -> (model in eval mode, its dict); ValueError says what is wrong."""
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if ckpt['format'] > FORMAT:
-            raise ValueError(f'made by a newer version (format {ckpt["format"]}, this code reads {FORMAT})')
+            raise ValueError(f'its format {ckpt["format"]} is newer than this code ({FORMAT})')
         model = OneHotFlow(Config(**ckpt['config']))
         model.load_state_dict(ckpt['ema' if ema else 'model'])
     except FileNotFoundError:

@@ -58,8 +58,9 @@ def parse(options, positional='', presets=None, argv=None):
     The comment behind each field is its help text; the field named `positional` needs no dashes.
     """
     module = sys.modules[options.__module__]
-    source = Path(module.__file__).read_text(encoding='utf-8').split(f'class {options.__name__}:')[1]
-    told = dict(re.findall(r'^    (\w+): .*?# (.*)$', source.split('\n\n\n')[0], re.M))
+    source = Path(module.__file__).read_text(encoding='utf-8')
+    source = source.split(f'class {options.__name__}:')[1].split('\n\n\n')[0]
+    told = dict(re.findall(r'^    (\w+): .*?# (.*)$', source, re.M))
     parser = argparse.ArgumentParser(description=module.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message} (-h lists the options)')
@@ -168,7 +169,7 @@ def make_tokenizer(how, texts):
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
     except Exception as e:              # tiktoken downloads it once
-        fail(f'the gpt2 tokenizer could not be fetched ({type(e).__name__}); set TIKTOKEN_CACHE_DIR '
+        fail(f'the gpt2 tokenizer cannot be fetched ({type(e).__name__}); set TIKTOKEN_CACHE_DIR '
              'to a filled cache, or use --tokenizer bpe:8192')
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
     return {'name': 'gpt2', 'pattern': gpt2._pat_str, 'tokens': tokens}
@@ -185,7 +186,7 @@ DATE_TOKENS = re.compile(r' [A-Z][a-z]{2} |[A-Z][a-z]{2,} |the | of |, |st|nd|rd
 
 @functools.lru_cache(maxsize=None)
 def date_forms(iso):
-    """The eight written forms of an ISO date, all different: '1987-03-23' -> ('March 23, 1987', ...)."""
+    """The eight written forms of an ISO date: '1987-03-23' -> ('March 23, 1987', ...)."""
     y, m, d = map(int, iso.split('-'))
     month, short = MONTHS[m - 1], MONTHS[m - 1][:3]
     nth = str(d) + ('th' if 10 <= d <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th'))
@@ -258,7 +259,8 @@ def read_file(path):
             yield from (document(r, where) for r in pyarrow.parquet.read_table(path).to_pylist())
             return
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == '.gz' else raw).decode().replace('\r\n', '\n')
+        text = (gzip.decompress(raw) if path.suffix == '.gz' else raw).decode()
+        text = text.replace('\r\n', '\n')
         if '\0' in text:
             raise ValueError('it holds NUL characters')
         if name.endswith(('.jsonl', '.json')):
@@ -297,7 +299,7 @@ def shakespeare():
 # Writing
 
 def pack_rows(enc, items, length):
-    """Documents -> flat ids of rows `[source <sep>] text <eos> <pad>...`, and how many were too long.
+    """Documents -> (flat ids of rows `[source <sep>] text <eos> <pad>...`, rows too long, length).
 
     length 0 takes the longest row.
     """
@@ -346,12 +348,12 @@ def main(o):
     elif o.name == 'shakespeare':
         items, source = shakespeare(), 'karpathy/tiny_shakespeare'
     else:
-        fail(f'unknown dataset {o.name!r}: use pydocs, dates or shakespeare, or name your own files: '
+        fail(f'unknown dataset {o.name!r}: use pydocs, dates or shakespeare, or your own files: '
              f'python prepare_data.py {o.name} --input FILES')
     pairs = {isinstance(item, tuple) for item in items}
     if len(pairs) != 1:
-        fail('the input is empty' if not items else '--input mixes text with src/trg pairs: prepare '
-             'them under two names')
+        fail('--input mixes text with src/trg pairs: prepare them under two names' if items else
+             'the input is empty')
     pairs = pairs.pop()
     kind = o.kind or ('rows' if pairs or not o.input and o.name != 'shakespeare' else 'stream')
     if pairs and kind == 'stream':

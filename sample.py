@@ -1,7 +1,7 @@
 """Write text with a trained model, in one network call by default.
 
     python sample.py                                          # out/pydocs/student, 8 sentences
-    python sample.py --compare out/pydocs/teacher             # same noise: teacher 1, teacher 64, student 1
+    python sample.py --compare out/pydocs/teacher             # same noise: teacher and student
     python sample.py --prompt "Return the" --nfe 4
     python sample.py --infill "Return ____ of the file."      # one token for each _
     python sample.py out/dates/student --source 1987-03-23    # or one source per line on stdin
@@ -34,19 +34,19 @@ class Options:
     prompt: str = ''            # text to begin with
     infill: str = ''            # text with holes, one _ per token
     source: str = ''            # for models of pairs: the source; without it, lines on stdin
-    compare: str = ''           # a teacher: same noise through teacher at 1 and 64 calls and the student
+    compare: str = ''           # a teacher: its rows at 1 and 64 calls beside ours, same noise
     watch: bool = False         # animate the denoising in the terminal
     info: bool = False          # describe the checkpoint and stop
     ema: bool = True            # averaged weights; --no-ema takes the last ones
     device: str = ''            # cpu, cuda or mps; default the best there is
 
 
-OPTIONS = parse(Options, positional=['checkpoint']) if __name__ == '__main__' else None
+OPTIONS = parse(Options, positional='checkpoint') if __name__ == '__main__' else None
 
 import numpy as np                                                               # noqa: E402
 import torch                                                                     # noqa: E402
 
-from model import load                                                           # noqa: E402
+from model import load  # noqa: E402
 from train_teacher import autocast, generator, get_batch, load_data, pick_device  # noqa: E402
 
 
@@ -59,7 +59,7 @@ def open_checkpoint(path, device, ema=True):
         fail(f'{path}: {e}; make one with train_teacher.py, then distill.py')
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rows and texts
 
 def text_rows(ids, meta, enc=None):
@@ -98,7 +98,7 @@ def make_row(meta, enc, prompt='', infill='', source=''):
 
 
 def draw_rows(model, meta, ids, n, nfe, seed, **how):
-    """n rows written for data rows drawn from ids (their sources, if any): ((n, L) on CPU, seconds)."""
+    """n rows for the sources of n data rows, if they have any: ((n, L) on the CPU, seconds)."""
     device = next(model.parameters()).device
     tokens, given, _ = get_batch(ids, meta, n, 0.0, generator(device, seed, 1), device)
     return write(model, tokens, given, nfe, seed, **how)
@@ -109,7 +109,8 @@ def write(model, tokens, given, nfe, seed, **how):
     device = next(model.parameters()).device
     start = time.perf_counter()
     with autocast(device):
-        rows = model.sample(tokens.to(device), given.to(device), nfe, generator(device, seed, 2), **how)
+        rows = model.sample(tokens.to(device), given.to(device), nfe, generator(device, seed, 2),
+                            **how)
     return rows.cpu(), time.perf_counter() - start
 
 
@@ -125,24 +126,29 @@ def corpus_words(ids, meta, limit=5_000_000):
 corpus_words.known = {}
 
 
+def entropy_of(items):
+    """Entropy in nats of how often each item occurs."""
+    n = len(items)
+    return -sum(c / n * math.log(c / n) for c in Counter(items).values()) if n else 0.0
+
+
 def health(rows, meta, train=None):
     """Is it text? rows (B, L) -> dict of figures, all computed on the texts alone.
 
-    dates: share of valid rows (exactly one of the eight forms of their source), entropy of the forms used
-    over ln 8. Else: entropy of the tokens within a row (nats, mean), share of unique rows, share of words
-    that occur in the training text.
+    dates: share of valid rows (exactly one of the eight forms of their source), and entropy of the
+    forms used over ln 8. Else: entropy of the tokens within a row (nats, mean), share of unique
+    rows, share of words that occur in the training text.
     """
     texts = text_rows(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
-        used = Counter(date_forms(source).index(text) for source, text in texts if text in date_forms(source))
-        total = sum(used.values())
-        spread = -sum(c / total * math.log(c / total) for c in used.values()) / math.log(8) if total else 0.0
-        return {'valid': total / len(texts), 'form_entropy': spread}
+        forms = [date_forms(source).index(text) for source, text in texts
+                 if text in date_forms(source)]
+        return {'valid': len(forms) / len(texts), 'form_entropy': entropy_of(forms) / math.log(8)}
     entropy = []
     for row in rows.tolist():
         if meta['kind'] == 'rows' and meta['special']['<eos>'] in row:
             row = row[:row.index(meta['special']['<eos>'])]
-        entropy.append(-sum(c / len(row) * math.log(c / len(row)) for c in Counter(row).values()))
+        entropy.append(entropy_of(row))
     figures = {'entropy': sum(entropy) / len(entropy), 'unique': len(set(texts)) / len(texts)}
     if train is not None:
         words = [w for _, text in texts for w in re.findall('[A-Za-z]+', text.lower())]
@@ -156,13 +162,13 @@ def health_line(figures, nfe, seconds, n):
     return f'health of {n} rows: {text}; nfe {nfe}, {1000 * seconds / n:.1f} ms per row'
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # What the command line asks for
 
 def show_info(path, ckpt, model):
     size = sum(p.numel() for p in model.parameters())
-    print(f'{path}: {"student (flow map)" if model.config.two_time else "teacher"}, {size / 1e6:.2f}M '
-          f'parameters, iteration {ckpt["iter"]}')
+    what = 'student (flow map)' if model.config.two_time else 'teacher'
+    print(f'{path}: {what}, {size / 1e6:.2f}M parameters, iteration {ckpt["iter"]}')
     for name in ('config', 'options', 'teacher', 'versions'):
         if name in ckpt:
             print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt[name].items()))
@@ -177,10 +183,11 @@ def compare(student, teacher, meta, tokens, given, o, train):
             (f'student, {o.nfe} call' + 's' * (o.nfe > 1), student, o.nfe)]
     columns, lines = [], []
     for name, model, nfe in runs:
-        write(model, tokens[:1], given[:1], 1, o.seed)                  # the first call of all is slow
+        write(model, tokens[:1], given[:1], 1, o.seed)      # the first call of all is slow
         rows, seconds = write(model, tokens, given, nfe, o.seed)
         columns.append([text for _, text in text_rows(rows, meta)])
-        lines.append(f'{name:18s} ' + health_line(health(rows, meta, train), nfe, seconds, len(rows)))
+        figures = health(rows, meta, train)
+        lines.append(f'{name:18s} ' + health_line(figures, nfe, seconds, len(rows)))
     width = 44
     print(' | '.join(f'{name:{width}s}' for name, *_ in runs))
     for texts in list(zip(*columns))[:o.n]:
@@ -192,14 +199,15 @@ def compare(student, teacher, meta, tokens, given, o, train):
 
 
 def animate(nfe, meta, enc):
-    """A `watch` for sampling: the first rows as they clear up, drawn over one another in a terminal."""
+    """A `watch` for sampling: the first rows as they clear up, redrawn in place in a terminal."""
     if not sys.stdout.isatty():
         return None
 
     def watch(i, rows):
         texts = [text[:100] for _, text in text_rows(rows[:8], meta, enc)]
         up = f'\033[{len(texts) + 1}A' if i else ''
-        print(up + '\n'.join(f'\033[K{line}' for line in [f'call {i + 1} of {nfe}', *texts]), flush=True)
+        lines = [f'\033[K{line}' for line in (f'call {i + 1} of {nfe}', *texts)]
+        print(up + '\n'.join(lines), flush=True)
         time.sleep(0.05)
     return watch
 
@@ -209,11 +217,12 @@ def check(o, meta, config):
     for name, low, high in (('nfe', 1, 100_000), ('n', 1, 1_000_000), ('temperature', 0.01, 100),
                             ('top_p', 0.001, 1), ('gamma', 0, 1)):
         if not low <= getattr(o, name) <= high:
-            fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must lie between {low} and {high}')
+            fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
     if o.sampler not in ('euler', 'bridge'):
         fail(f'--sampler {o.sampler}: use euler or bridge')
     if o.sampler == 'bridge' and config.two_time:
-        fail('--sampler bridge needs a teacher: python sample.py FOLDER_OF_TEACHER --sampler bridge --nfe 64')
+        fail('--sampler bridge needs a teacher, for example: python sample.py out/pydocs/teacher '
+             '--sampler bridge --nfe 64')
     if meta['pairs'] and (o.prompt or o.infill):
         fail('--prompt and --infill are for plain text; this model continues a --source')
     if o.source and not meta['pairs']:
@@ -240,7 +249,7 @@ def main(o):
             fail('this model needs a source: --source "...", or lines on stdin')
         sources = [line.strip() for line in sys.stdin if line.strip()]
     rows = [make_row(meta, enc, o.prompt, o.infill, source) for source in sources]
-    per_source = max(o.n, 256) if o.compare else o.n        # --compare: a health line needs many rows
+    per_source = max(o.n, 256) if o.compare else o.n        # a health line needs many rows
     tokens, given = (torch.cat(x).repeat_interleave(per_source, dim=0) for x in zip(*rows))
     if o.compare:
         teacher, other = open_checkpoint(o.compare, device, o.ema)

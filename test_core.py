@@ -40,7 +40,7 @@ def no_given(B, L):
     return torch.zeros(B, L, dtype=torch.bool)
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Time axis
 
 @pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (65, (.179, .702, .832)),
@@ -67,11 +67,11 @@ def test_tau_and_t_are_inverse():
     assert model.t_of(tau)[0] == 0 and model.t_of(tau)[-1] == 1
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Dense path = projected path
 
 def test_dense_equals_projected_on_the_same_noise():
-    model, t = tiny(vocab=80), 0.3                      # V > D: noise is drawn through the Cholesky factor
+    model, t = tiny(vocab=80), 0.3          # V > D: noise goes through the Cholesky factor
     E, B, L = model.net.embed.detach(), 3, 6
     eps, tokens = torch.randn(B, L, 80), torch.randint(80, (B, L))
     onehot = torch.nn.functional.one_hot(tokens, 80).float()
@@ -95,7 +95,7 @@ def test_projected_noise_has_covariance_of_the_dense(vocab):
     assert (h.T @ h / len(h) - want).abs().max() < 0.05 * want.diagonal().max()
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Flow map, on a flow whose denoiser is known: one position, K tokens of prior pi
 
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=DOUBLE)
@@ -132,7 +132,8 @@ def test_flow_map_identity_and_semigroup_on_the_exact_ode():
     assert torch.equal(jump(x, delta, s, s), x)
     x_u = jump(x, exact_delta(x, s, u), s, u)
     g = semigroup_weight(s, u, t)
-    assert torch.allclose(delta, g * exact_delta(x, s, u) + (1 - g) * exact_delta(x_u, u, t), atol=1e-6)
+    both_legs = g * exact_delta(x, s, u) + (1 - g) * exact_delta(x_u, u, t)
+    assert torch.allclose(delta, both_legs, atol=1e-6)
     assert semigroup_weight(s, u, torch.tensor(1., dtype=DOUBLE)) == 0
 
 
@@ -153,8 +154,8 @@ class ExactNet:
         return jump(h, p, s[:, None, None], t[:, None, None])
 
 
-@pytest.mark.parametrize('method, leg, tolerance', [('semigroup', .5, 1e-6), ('lagrangian', .01, .01),
-                                                    ('eulerian', .01, .01)])
+@pytest.mark.parametrize('method, leg, tolerance', [
+    ('semigroup', .5, 1e-6), ('lagrangian', .01, .01), ('eulerian', .01, .01)])
 def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, tolerance):
     torch.manual_seed(0)
     x = torch.randn(2, 4, 3, dtype=DOUBLE)
@@ -188,7 +189,7 @@ def test_bridge_mean_and_variance():
     assert abs(first.mean() - .7) < .005 and abs(first.std() - .3) < .005
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Loss, student, samplers
 
 def test_loss_against_brute_force():
@@ -197,7 +198,8 @@ def test_loss_against_brute_force():
     given[0, :2] = True
     tau = torch.tensor([.3, .8])
     loss = model.loss(tokens, given, tau, torch.Generator().manual_seed(0))
-    p = model.net(model.corrupt(tokens, given, tau, torch.Generator().manual_seed(0)), given, tau).softmax(-1)
+    h = model.corrupt(tokens, given, tau, torch.Generator().manual_seed(0))
+    p = model.net(h, given, tau).softmax(-1)
     for b, positions in enumerate(([2, 3], [0, 1, 2, 3])):
         brute = -sum(math.log(p[b, i, tokens[b, i]]) for i in positions) / len(positions)
         assert abs(loss[b].item() - brute) < 1e-5
@@ -218,7 +220,14 @@ def test_student_equals_teacher_at_the_start():
     assert torch.equal(teacher.net(h, given, s), student.net(h, given, s, s))
 
 
-SAMPLERS = [dict(), dict(gamma=.7), dict(gamma=1.), dict(sampler='bridge'), dict(top_p=.5), dict(temperature=2.)]
+def draw(model, n, nfe, **how):
+    """n rows of nothing given."""
+    rng = torch.Generator().manual_seed(0)
+    return model.sample(torch.zeros(n, 6, dtype=torch.long), no_given(n, 6), nfe, rng, **how)
+
+
+SAMPLERS = [dict(), dict(gamma=.7), dict(gamma=1.), dict(sampler='bridge'), dict(top_p=.5),
+            dict(temperature=2.)]
 
 
 @pytest.mark.parametrize('how', SAMPLERS)
@@ -226,24 +235,21 @@ def test_given_tokens_come_back_and_special_ids_are_never_written(how):
     model, tokens = tiny(), torch.randint(8, (50, 6))
     given = torch.rand(50, 6) < 0.3
     with torch.no_grad():
-        model.net.head.bias[-2:] += 10                  # the network would love to write <sep> and <bos>
+        model.net.head.bias[-2:] += 10          # the network would love to write <sep>
     out = model.sample(tokens, given, 3, torch.Generator().manual_seed(0), **how)
     assert torch.equal(out[given], tokens[given]) and out[~given].max() < 10
 
 
 def test_every_sampler_option_changes_the_samples():
-    model, tokens = tiny(), torch.zeros(50, 6, dtype=torch.long)
-    rows = [model.sample(tokens, no_given(50, 6), 6, torch.Generator().manual_seed(0), **how).tolist()
-            for how in SAMPLERS]
+    model = tiny()
+    rows = [draw(model, 50, 6, **how).tolist() for how in SAMPLERS]
     assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
 
 
 def test_temperature_changes_the_entropy():
-    model, tokens = tiny(), torch.zeros(400, 6, dtype=torch.long)
-    spread = [torch.bincount(model.sample(tokens, no_given(400, 6), 4, torch.Generator().manual_seed(0),
-                             sampler='bridge', temperature=T).flatten(), minlength=12).float()
-              for T in (.2, 5.)]
-    cold, hot = (-(p / p.sum() * (p / p.sum() + 1e-9).log()).sum() for p in spread)
+    cold, hot = (sample.entropy_of(draw(tiny(), 400, 4, sampler='bridge', temperature=T)
+                                   .flatten().tolist())
+                 for T in (.2, 5.))
     assert hot > cold + 0.2
 
 
@@ -252,7 +258,7 @@ def test_first_call_sees_pure_noise_at_tau_0(monkeypatch):
     forward = model.net.forward
     monkeypatch.setattr(model.net, 'forward', lambda h, given, tau, to=None: (
         seen.append((h, tau)), forward(h, given, tau, to))[1])
-    model.sample(torch.zeros(500, 6, dtype=torch.long), no_given(500, 6), 2, torch.Generator().manual_seed(0))
+    draw(model, 500, 2)
     h, tau = seen[0]
     assert (tau == 0).all() and len(seen) == 2
     E = model.net.embed.detach()
@@ -260,7 +266,7 @@ def test_first_call_sees_pure_noise_at_tau_0(monkeypatch):
     assert abs(h.pow(2).sum(-1).mean() - want) < 0.05 * want and h.mean((0, 1)).abs().max() < 0.6
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Optimiser, average, distillation end to end on a dozen rows
 
 def test_ema_ramp_and_decay():
@@ -289,15 +295,15 @@ def dozen(tmp_path_factory):
     days = ['1987-03-23', '2001-12-04']
     pairs = [(day, form) for day in days for form in prepare_data.date_forms(day)]
     spec = prepare_data.date_tokenizer(prepare_data.dates(0)[1])
-    rows, _ = prepare_data.pack_rows(prepare_data.encoding(spec), pairs, 22)
-    prepare_data.write_dataset(folder / 'data', [rows.reshape(-1)] * 2, spec, kind='rows', pairs=True,
+    rows, _, _ = prepare_data.pack_rows(prepare_data.encoding(spec), pairs, 22)
+    prepare_data.write_dataset(folder / 'data', [rows] * 2, spec, kind='rows', pairs=True,
                                length=22, source='test', left_out=0)
     small = dict(data=str(folder / 'data'), device='cpu', batch=32, eval_every=10 ** 6)
-    train_teacher.main(train_teacher.Options(out=str(folder / 'teacher'), iters=250, layers=2, width=64,
-                                             **small))
+    train_teacher.main(train_teacher.Options(out=str(folder / 'teacher'), iters=250, layers=2,
+                                             width=64, **small))
     before = (folder / 'teacher' / 'model.pt').read_bytes()
-    distill.main(distill.Options(teacher=str(folder / 'teacher'), out=str(folder / 'student'), iters=400,
-                                 **small))
+    distill.main(distill.Options(teacher=str(folder / 'teacher'), out=str(folder / 'student'),
+                                 iters=400, **small))
     assert (folder / 'teacher' / 'model.pt').read_bytes() == before        # teacher untouched
     return folder
 

@@ -57,15 +57,16 @@ OPTIONS = parse(Options, presets=PRESETS) if __name__ == '__main__' else None   
 import numpy as np                                                               # noqa: E402
 import torch                                                                     # noqa: E402
 
-from model import Config, OneHotFlow, load, record                               # noqa: E402
+from model import Config, OneHotFlow, load, record  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Harness: what distil.py needs as well
 
 def pick_device(name):
     """A torch.device: the one named, else cuda, mps or cpu in this order."""
     if not name:
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else name
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError):
@@ -82,22 +83,22 @@ def load_data(folder):
     ids = [np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r') for split in ('train', 'val')]
     for split, array in zip(('train', 'val'), ids):
         if len(array) != meta[f'{split}_tokens']:
-            fail(f'{folder}/{split}.bin has {len(array)} tokens, meta.json says {meta[f"{split}_tokens"]}; '
-                 f'run: python prepare_data.py {folder.name}')
+            fail(f'{folder}/{split}.bin has {len(array)} tokens, its meta.json says '
+                 f'{meta[f"{split}_tokens"]}; run: python prepare_data.py {folder.name}')
     return meta, *ids
 
 
 def generator(device, *key):
-    """A generator seeded by the numbers in `key`, so that no state has to be saved for an exact resume."""
+    """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator(device).manual_seed(int(seed))
 
 
 def get_batch(ids, meta, n, share, rng, device):
-    """n random rows: tokens (n, L) int64, given (n, L) bool, and tau (n,) stratified over the batch.
+    """n random rows: tokens (n, L) int64, given (n, L) bool, tau (n,) stratified over the batch.
 
-    Pairs have their source given. Of other rows a `share` gets a random prefix or random tokens given,
-    which is what makes prompts and infilling work in a single call.
+    Pairs have their source given. Of other rows a `share` has a random prefix or random tokens
+    given, which is what makes prompts and infilling work in a single call.
     """
     L = meta['length']
     cpu = torch.Generator().manual_seed(rng.initial_seed())
@@ -105,7 +106,8 @@ def get_batch(ids, meta, n, share, rng, device):
         at = torch.randint(len(ids) // L, (n,), generator=cpu) * L
     else:
         at = torch.randint(len(ids) - L + 1, (n,), generator=cpu)
-    tokens = torch.stack([torch.from_numpy(ids[i:i + L].astype(np.int64)) for i in at.tolist()])  # (n, L)
+    rows = np.stack([ids[i:i + L] for i in at.tolist()]).astype(np.int64)
+    tokens = torch.from_numpy(rows)                                             # (n, L)
     if meta['pairs']:
         given = source_mask(tokens, meta)
     else:
@@ -128,8 +130,8 @@ def source_mask(tokens, meta):
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are made orthogonal (Newton-Schulz), K. Jordan 2024.
 
-    At this size it needs about half the iterations of AdamW. Matrices of one shape are stacked, so that
-    a whole network costs a handful of batched products.
+    On small networks it needs far fewer iterations than AdamW. Matrices of one shape are stacked,
+    so that a whole network costs a handful of batched products.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -142,10 +144,12 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 shapes.setdefault(p.shape, []).append(p)
             for params in shapes.values():
-                momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+                momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p))
+                           for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-                update = torch.stack(torch._foreach_lerp(grads, momenta, group['momentum']))  # Nesterov
+                # Nesterov's look-ahead, then all singular values to about 1
+                update = torch.stack(torch._foreach_lerp(grads, momenta, group['momentum']))
                 update = orthogonal(update) * max(1, update.shape[1] / update.shape[2]) ** 0.5
                 torch._foreach_add_(params, list(update.unbind()), alpha=-group['lr'])
 
@@ -208,7 +212,8 @@ class Log:
     def __call__(self, it, **values):
         seconds = time.time() - self.began
         left = seconds / max(1, it - self.start) * (self.o.iters - it)
-        text = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in values.items())
+        text = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
+                         for k, v in values.items())
         print(f'{it:6d}/{self.o.iters}  {text}  {clock(seconds)}, {clock(left)} left', flush=True)
         with open(self.file, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'iter': it, 'seconds': round(seconds, 2), **values}) + '\n')
@@ -229,15 +234,16 @@ def save(out, model, ema, opts, it, meta, o, **more):
     write_whole(Path(out) / 'model.pt', buffer.getbuffer())
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 def main(o):
     device = pick_device(o.device)
     meta, train, val = load_data(o.data)
     out = Path(o.out or f'out/{meta["name"]}/teacher')
     torch.manual_seed(o.seed)
-    model = OneHotFlow(Config(vocab=meta['vocab'], length=meta['length'], layers=o.layers, heads=o.heads,
-                              width=o.width, dropout=o.dropout, gate=o.gate, axis=o.axis)).to(device)
+    config = Config(vocab=meta['vocab'], length=meta['length'], layers=o.layers, heads=o.heads,
+                    width=o.width, dropout=o.dropout, gate=o.gate, axis=o.axis)
+    model = OneHotFlow(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     start = 0
@@ -248,8 +254,8 @@ def main(o):
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, o, start)
     size = sum(p.numel() for p in model.parameters())
-    print(f'{size / 1e6:.2f}M parameters on {device}, {o.batch * meta["length"]:,} tokens per iteration, '
-          f'{len(train):,} in {o.data}')
+    print(f'{size / 1e6:.2f}M parameters on {device}, {o.batch * meta["length"]:,} tokens per '
+          f'iteration, {len(train):,} in {o.data}')
 
     bins, counts = torch.zeros(8, device=device), torch.zeros(8, device=device)
     for it in range(start, o.iters + 1):
@@ -273,8 +279,9 @@ def main(o):
         if (it + 1) % 100 == 0:
             loss = (bins.sum() / counts.sum()).item()
             if not np.isfinite(loss):
-                fail(f'the loss is {loss} at iteration {it + 1}; lower --lr and --muon-lr, then --resume')
-            log(it + 1, loss=loss, norm=norm.item(), bins=[round(x, 3) for x in (bins / counts).tolist()])
+                fail(f'loss {loss} at iteration {it + 1}; lower --lr and --muon-lr, --resume')
+            log(it + 1, loss=loss, norm=norm.item(),
+                bins=[round(x, 3) for x in (bins / counts).tolist()])
             bins.zero_(), counts.zero_()
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
     print(f'next: python distill.py {out}')
@@ -287,7 +294,8 @@ def validate(model, ids, meta, device, batches=4):
     for i in range(batches):
         rng = generator(device, 1234, i)
         with autocast(device):
-            losses.append(model.loss(*get_batch(ids, meta, 64, 0.0, rng, device), rng).mean().item())
+            loss = model.loss(*get_batch(ids, meta, 64, 0.0, rng, device), rng)
+        losses.append(loss.mean().item())
     return sum(losses) / batches
 
 

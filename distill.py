@@ -42,13 +42,14 @@ class Options:
 
 OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else None
 
-import numpy as np                                                               # noqa: E402
-import torch                                                                     # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from model import OneHotFlow, row_cross_entropy, semigroup_weight  # noqa: E402
-from sample import draw_rows, health, open_checkpoint  # noqa: E402
-from train_teacher import (Log, autocast, generator, get_batch, load_data, optimisers, pick_device,
-                           restore, save, update)                                # noqa: E402
+from model import (OneHotFlow, autocast, generator, load, pick_device,  # noqa: E402
+                   row_cross_entropy, save, semigroup_weight)
+from sample import draw_rows, health  # noqa: E402
+from train_teacher import (Log, get_batch, load_data, optimisers, restore, state,  # noqa: E402
+                           update)
 
 
 def time_pairs(B, o, rng, device):
@@ -88,7 +89,7 @@ def main(o):
     if o.method not in ('semigroup', 'lagrangian', 'eulerian'):
         fail(f'--method {o.method}: use semigroup, lagrangian or eulerian')
     device = pick_device(o.device)
-    teacher, ckpt = open_checkpoint(o.teacher, device)
+    teacher, ckpt = load(o.teacher, device)
     if teacher.config.two_time:
         fail(f'{o.teacher} is a student already; run: python distill.py FOLDER_OF_ITS_TEACHER')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
@@ -123,12 +124,13 @@ def main(o):
         if (it % o.eval_every == 0 and it > start) or last:
             for nfe in (1, 2, 4):
                 rows, seconds = draw_rows(ema, meta, val, 200, nfe, seed=1)
-                log(it, nfe=nfe, **health(rows, meta, train))
-            save(out, student, ema, opts, it, meta, o, teacher=ckpt['options'])
+                log(it, nfe=nfe, **health(rows, meta, data))
+            save(out / 'model.pt', student, ema, teacher=ckpt['options'],
+                 **state(opts, it, meta, o))
         if last:
             break
-        rng = generator(device, o.seed, it)
-        tokens, given, _ = get_batch(train, meta, o.batch, ckpt['options']['given'], rng, device)
+        cpu, rng = generator('cpu', o.seed, it, 0), generator(device, o.seed, it, 1)
+        tokens, given, _ = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
         s, t, n = time_pairs(o.batch, o, rng, device)
         with autocast(device):
             h = student.corrupt(tokens, given, s, rng)

@@ -13,16 +13,23 @@ h = x_t E, E (V x D) its embedding table. We keep h alone: noise is drawn direct
 F^T F = E^T E, a clean token is a row of E, and Euler steps, flow maps and bridges act on h as they
 do on x, for they are affine in x. So nothing of size (B, L, V) exists on the input side, and a
 one-hot flow is an embedding-space flow whose noise has covariance E^T E.
-
-model.py imports nothing else of this repository.
 """
+import io
+import json
 import math
+import os
+import platform
+import re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from prepare_data import SPECIAL, fail
 
 
 @dataclass
@@ -119,8 +126,10 @@ class Denoiser(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        nn.init.normal_(self.position, std=0.02)
-        nn.init.normal_(self.known, std=0.02)
+        # as large as the noise beside it: what a noisy token means depends on where it stands, and
+        # small positions (0.02, the usual value) take hundreds of iterations to be heard
+        nn.init.normal_(self.position)
+        nn.init.normal_(self.known)
         # zero: the time modulates nothing yet, every token is equally likely, and a fresh target
         # time leaves a student equal to its teacher
         for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
@@ -154,20 +163,20 @@ def right_token(t, K):
     return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
 
 
-def time_axis(K, knots=10001):
-    """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, 0 to 1."""
+def time_axis(K, knots=1001):
+    """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, from 0 to 1."""
     ts = torch.linspace(0, 1, knots, dtype=torch.float64)
     taus = (right_token(ts[:-1], K) - 1 / K) * K / (K - 1)
-    taus = torch.cat([taus.clamp(0, 1), torch.ones(1)]) 
-    taus[0] = 0
-    return ts, torch.cummax(taus, 0).values
+    taus = torch.cummax(torch.cat([taus - taus[0], torch.ones(1)]).clamp(0, 1), 0).values
+    # flat at both ends to machine precision: a slight slope keeps t(0) = 0, t(1) = 1, one-to-one
+    return ts, (1 - 1e-4) * taus + 1e-4 * ts
 
 
 def interpolate(x, xs, ys):
-    """Piecewise linear y(x) through knots (xs, ys), xs not falling; x of any shape."""
-    i = torch.searchsorted(xs, x.contiguous(), right=True).clamp(1, len(xs) - 1)
-    w = (x - xs[i - 1]) / (xs[i] - xs[i - 1]).clamp(min=1e-12)
-    return ys[i - 1] + w.clamp(0, 1) * (ys[i] - ys[i - 1])
+    """Piecewise linear y(x) through knots (xs, ys), xs rising; x of any shape."""
+    i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    w = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+    return ys[i - 1] + w * (ys[i] - ys[i - 1])
 
 
 def jump(x, p, s, t):
@@ -311,28 +320,99 @@ def row_cross_entropy(logits, target, given):
 
 
 # -------------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain values only
+# Tokenizers, files and checkpoints: tensors and plain values only
 
-FORMAT = 1
+FORMAT = 1      # of checkpoints
+
+
+def encoding(spec):
+    """The tiktoken.Encoding of a dict {name, pattern, tokens as latin-1 strings in rank order}."""
+    import tiktoken
+    ranks = {token.encode('latin-1'): i for i, token in enumerate(spec['tokens'])}
+    return tiktoken.Encoding(spec['name'], pat_str=spec['pattern'], mergeable_ranks=ranks,
+                             special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIAL)})
+
+
+def encode(enc, spec, text):
+    """Token ids of `text`; ValueError names the first piece that the tokenizer lacks."""
+    if spec['name'] == 'dates':         # no byte fallback here: every piece must be a token itself
+        for piece in re.findall(spec['pattern'] + '|.', text, re.S):
+            if piece not in spec['tokens']:
+                raise ValueError(f'{piece!r} is not in the vocabulary of this model')
+    return enc.encode_ordinary(text)
+
+
+def write_whole(path, data):
+    """Write bytes completely or not at all: to a temporary file beside `path`, then os.replace."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_dataset(folder, train, val, spec, **about):
+    """folder/{train,val}.bin, then meta.json: a folder that has a meta.json is complete."""
+    V = len(spec['tokens'])
+    meta = {'format': 1, 'name': Path(folder).name, 'vocab': V + len(SPECIAL), **about,
+            'special': {name: V + i for i, name in enumerate(SPECIAL)}, 'train_tokens': len(train),
+            'val_tokens': len(val), 'python': platform.python_version(), 'tokenizer': spec}
+    write_whole(Path(folder) / 'train.bin', train.tobytes())
+    write_whole(Path(folder) / 'val.bin', val.tobytes())
+    write_whole(Path(folder) / 'meta.json', json.dumps(meta).encode())
 
 
 def load(path, device='cpu', ema=True):
-    """A checkpoint file -> (model in eval mode, its dict); ValueError says what is wrong."""
+    """model.pt or its folder -> (model in eval mode, checkpoint dict), or one clear line."""
+    path = Path(path) / 'model.pt' if Path(path).suffix != '.pt' else Path(path)
+    if not path.is_file():
+        fail(f'{path}: no such checkpoint; make one with train_teacher.py, then distill.py')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if ckpt['format'] > FORMAT:
-            raise ValueError(f'its format {ckpt["format"]} is newer than this code ({FORMAT})')
+            fail(f'{path}: its format {ckpt["format"]} is newer than this code (format {FORMAT})')
         model = OneHotFlow(Config(**ckpt['config']))
         model.load_state_dict(ckpt['ema' if ema else 'model'])
-    except FileNotFoundError:
-        raise ValueError('no such checkpoint') from None
-    except ValueError:
-        raise
-    except Exception as e:          # torch.load and load_state_dict raise a dozen different types
-        raise ValueError(f'not a whole checkpoint of this project ({type(e).__name__})') from None
+    except Exception as e:              # torch.load raises a dozen different types
+        fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt
 
 
-def record(model):
-    """The part of a checkpoint that a model fills: its kind of network."""
-    return {'format': FORMAT, 'config': asdict(model.config)}
+def save(path, model, ema, **more):
+    """A checkpoint file, whole or not at all; `more` holds tensors and plain values."""
+    ckpt = {'format': FORMAT, 'config': asdict(model.config), 'model': model.state_dict(),
+            'ema': ema.state_dict(), **more,
+            'versions': {'torch': str(torch.__version__), 'python': platform.python_version()}}
+    buffer = io.BytesIO()
+    torch.save(ckpt, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def pick_device(name):
+    """The torch.device named, else cuda, mps or cpu in this order."""
+    if not name:
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else name
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f'--device {name} is not available; leave it out to use what there is')
+    return torch.device(name)
+
+
+def autocast(device):
+    """bf16 where the GPU has it, fp32 elsewhere."""
+    on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    return torch.autocast('cuda', torch.bfloat16) if on else nullcontext()
+
+
+def generator(device, *key):
+    """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator(device).manual_seed(int(seed))

@@ -4,10 +4,10 @@
 """
 import json
 import math
-import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,8 +19,8 @@ import distill
 import prepare_data
 import sample
 import train_teacher
-from model import (Config, OneHotFlow, bridge, dense_corrupt, interpolate, jump, load, right_token,
-                   row_cross_entropy, semigroup_weight, time_axis)
+from model import (Config, OneHotFlow, bridge, dense_corrupt, encode, encoding, interpolate, jump,
+                   load, right_token, row_cross_entropy, semigroup_weight, time_axis, write_dataset)
 
 HERE = Path(__file__).parent
 DOUBLE = torch.float64
@@ -39,9 +39,6 @@ def tiny(vocab=12, length=6, seed=0, **more):
 def no_given(B, L):
     return torch.zeros(B, L, dtype=torch.bool)
 
-
-# -------------------------------------------------------------------------------------------------
-# Time axis
 
 @pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (65, (.179, .702, .832)),
                                       (4096, (.547, .784, .859)), (50257, (.646, .809, .870))])
@@ -66,9 +63,6 @@ def test_tau_and_t_are_inverse():
     assert torch.allclose(model.tau_of(model.t_of(tau)), tau, atol=1e-4)
     assert model.t_of(tau)[0] == 0 and model.t_of(tau)[-1] == 1
 
-
-# -------------------------------------------------------------------------------------------------
-# Dense path = projected path
 
 def test_dense_equals_projected_on_the_same_noise():
     model, t = tiny(vocab=80), 0.3          # V > D: noise goes through the Cholesky factor
@@ -95,8 +89,7 @@ def test_projected_noise_has_covariance_of_the_dense(vocab):
     assert (h.T @ h / len(h) - want).abs().max() < 0.05 * want.diagonal().max()
 
 
-# -------------------------------------------------------------------------------------------------
-# Flow map, on a flow whose denoiser is known: one position, K tokens of prior pi
+# ---- Flow map, on a flow whose denoiser is known: one position, K tokens of prior pi ----
 
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=DOUBLE)
 
@@ -189,9 +182,6 @@ def test_bridge_mean_and_variance():
     assert abs(first.mean() - .7) < .005 and abs(first.std() - .3) < .005
 
 
-# -------------------------------------------------------------------------------------------------
-# Loss, student, samplers
-
 def test_loss_against_brute_force():
     model = tiny(vocab=5, length=4)
     tokens, given = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]]), no_given(2, 4)
@@ -199,7 +189,7 @@ def test_loss_against_brute_force():
     tau = torch.tensor([.3, .8])
     loss = model.loss(tokens, given, tau, torch.Generator().manual_seed(0))
     h = model.corrupt(tokens, given, tau, torch.Generator().manual_seed(0))
-    p = model.net(h, given, tau).softmax(-1)
+    p = model.net(h, given, tau).softmax(-1).detach()
     for b, positions in enumerate(([2, 3], [0, 1, 2, 3])):
         brute = -sum(math.log(p[b, i, tokens[b, i]]) for i in positions) / len(positions)
         assert abs(loss[b].item() - brute) < 1e-5
@@ -266,8 +256,7 @@ def test_first_call_sees_pure_noise_at_tau_0(monkeypatch):
     assert abs(h.pow(2).sum(-1).mean() - want) < 0.05 * want and h.mean((0, 1)).abs().max() < 0.6
 
 
-# -------------------------------------------------------------------------------------------------
-# Optimiser, average, distillation end to end on a dozen rows
+# ---- Optimiser, average, distillation end to end on a dozen rows ----
 
 def test_ema_ramp_and_decay():
     model, ema = tiny(), tiny(seed=1)
@@ -288,15 +277,20 @@ def test_muon_makes_updates_orthogonal():
         assert sizes.min() > 0.4 and sizes.max() < 1.3
 
 
+def date_spec():
+    texts = [text for pair in prepare_data.dates()[::97] for text in pair]
+    return prepare_data.make_tokenizer('dates', texts)
+
+
 @pytest.fixture(scope='module')
 def dozen(tmp_path_factory):
     """Two dates in all eight forms: prepared, trained and distilled by the real scripts' main()."""
     folder = tmp_path_factory.mktemp('dozen')
     days = ['1987-03-23', '2001-12-04']
     pairs = [(day, form) for day in days for form in prepare_data.date_forms(day)]
-    spec = prepare_data.date_tokenizer(prepare_data.dates(0)[1])
-    rows, _, _ = prepare_data.pack_rows(prepare_data.encoding(spec), pairs, 22)
-    prepare_data.write_dataset(folder / 'data', [rows] * 2, spec, kind='rows', pairs=True,
+    spec = date_spec()
+    rows, _ = prepare_data.pack_rows(encoding(spec), pairs, 22)
+    write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True,
                                length=22, source='test', left_out=0)
     small = dict(data=str(folder / 'data'), device='cpu', batch=32, eval_every=10 ** 6)
     train_teacher.main(train_teacher.Options(out=str(folder / 'teacher'), iters=250, layers=2,
@@ -317,3 +311,138 @@ def test_overfit_two_dates_in_one_call(dozen):
         figures[who] = sample.health(rows, meta)
     assert figures['student']['valid'] >= 0.95 and figures['student']['form_entropy'] > 0.8, figures
     assert figures['teacher']['valid'] < 0.5, figures
+
+
+def test_checkpoint_round_trip_and_exact_resume(dozen, tmp_path):
+    model, ckpt = load(dozen / 'teacher' / 'model.pt', ema=False)
+    assert ckpt['iter'] == 250 and ckpt['meta']['tokenizer']['name'] == 'dates'
+    for key, value in ckpt['model'].items():
+        assert torch.equal(model.state_dict()[key], value)
+    # 6 iterations at once = 3, a stop, and 3 more, to the last bit; evaluation in between or not
+    o = dict(data=str(dozen / 'data'), device='cpu', batch=8, layers=1, width=32)
+    train_teacher.main(train_teacher.Options(out=str(tmp_path / 'a'), iters=6, eval_every=4, **o))
+    halted = dict(out=str(tmp_path / 'b'), iters=6, eval_every=3)
+    real, calls = train_teacher.update, []
+
+    def stop_after_three(*args):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(real(*args))
+        return calls[-1]
+
+    train_teacher.update = stop_after_three
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher.main(train_teacher.Options(**halted, **o))
+    train_teacher.update = real
+    train_teacher.main(train_teacher.Options(**halted, **o, resume=True))
+    a, b = (load(tmp_path / x / 'model.pt')[1] for x in 'ab')
+    for part in ('model', 'ema'):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+def test_prepare_text_pairs_and_bpe(tmp_path):
+    text = tmp_path / 'a.txt'
+    text.write_text('The cat sat on the mat. The dog sat on the cat.\r\n' * 40)
+    prepare_data.main(prepare_data.Options(name='toy', input=(str(text),), tokenizer='bpe:300',
+                                           length=8, val=0.2, data=str(tmp_path)))
+    meta, train, val = train_teacher.load_data(tmp_path / 'toy')
+    enc = encoding(meta['tokenizer'])
+    assert meta['kind'] == 'stream' and meta['vocab'] <= 300
+    assert 'The' in meta['tokenizer']['tokens']
+    assert enc.decode([*train, *val]) == text.read_text().replace('\r\n', '\n') + '<eos>'
+    assert enc.decode(enc.encode_ordinary('Any bytes: \u00e9\u4e16')) == 'Any bytes: \u00e9\u4e16'
+
+    pairs = tmp_path / 'b.jsonl'
+    pairs.write_text('\n'.join(json.dumps({'src': f'what is {i}', 'trg': f'tell me {i}'})
+                               for i in range(50)))
+    prepare_data.main(prepare_data.Options(name='pairs', input=(str(pairs),), tokenizer='byte',
+                                           length=24, data=str(tmp_path)))
+    meta, train, _ = train_teacher.load_data(tmp_path / 'pairs')
+    rows = torch.from_numpy(np.array(train).astype(np.int64)).view(-1, 24)
+    given = train_teacher.source_mask(rows, meta)
+    source, target = sample.to_texts(rows[:1], meta)[0]
+    assert source.replace('what is', 'tell me') == target
+    assert given[0].sum() == len(source) + 1
+
+
+def test_dates_are_exact():
+    pairs = prepare_data.dates()
+    assert len(pairs) == 73049 * 8 and pairs[0][0] == '1900-01-01' and pairs[-1][0] == '2099-12-31'
+    assert all(len(set(prepare_data.date_forms(day))) == 8 for day, _ in pairs[::8])
+    assert prepare_data.date_forms('1987-02-30') == ()
+    spec = date_spec()
+    enc = encoding(spec)
+    for day, form in pairs[::1000]:
+        assert enc.decode(encode(enc, spec, form)) == form
+    rows = torch.tensor([prepare_data.pack_rows(enc, [('1987-03-23', text)], 24)[0].tolist()
+                         for text in ('March 23, 1987', '23 March 1987')])
+    meta = {'tokenizer': spec, 'pairs': True, 'kind': 'rows',
+            'special': {s: len(spec['tokens']) + i for i, s in enumerate(prepare_data.SPECIAL)}}
+    assert sample.health(rows, meta)['valid'] == 0.5
+
+
+# ---- Command lines: bad input gets one line and exit status 2, and every option is in -h ----
+
+def run(*command, cwd=None, stdin=''):
+    return subprocess.run([sys.executable, HERE / command[0], *map(str, command[1:])], cwd=cwd,
+                          input=stdin, capture_output=True, text=True)
+
+
+def test_bad_input_is_one_line_and_exit_2(dozen, tmp_path):
+    (tmp_path / 'empty.txt').write_text('')
+    (tmp_path / 'binary.txt').write_bytes(bytes(range(256)))
+    (tmp_path / 'broken.pt').write_bytes(b'not a checkpoint')
+    student, teacher = dozen / 'student', dozen / 'teacher'
+    source = ('--source', '1987-03-23')
+    cases = [
+        ('prepare_data.py', 'nonsense'), ('prepare_data.py', '--nonsense', 1),
+        ('prepare_data.py', 'x', '--input', tmp_path / 'missing.txt'),
+        ('prepare_data.py', 'x', '--input', tmp_path / 'empty.txt'),
+        ('prepare_data.py', 'x', '--input', tmp_path / 'binary.txt'),
+        ('prepare_data.py', 'x', '--input', HERE / 'README.md', '--tokenizer', 'words'),
+        ('prepare_data.py', '../x', '--input', HERE / 'README.md'),
+        ('train_teacher.py', '--data', 'data/missing'), ('train_teacher.py', '--preset', 'huge'),
+        ('train_teacher.py', '--iters', 'many'), ('train_teacher.py', '--device', 'abacus'),
+        ('distill.py', tmp_path / 'missing'), ('distill.py', student),
+        ('distill.py', teacher, '--method', 'magic'),
+        ('sample.py', tmp_path / 'missing'), ('sample.py', tmp_path / 'broken.pt'),
+        ('sample.py', student, *source, '--nfe', 0), ('sample.py', student, '--source', '1987~'),
+        ('sample.py', student, '--source', '1987-03-23' * 9),
+        ('sample.py', student, '--prompt', 'a'),
+        ('sample.py', student, *source, '--sampler', 'bridge'),
+        ('sample.py', student, *source, '--compare', student),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for case, done in zip(cases, pool.map(lambda case: run(*case, cwd=tmp_path), cases)):
+            assert done.returncode == 2, (case, done.stderr)
+            assert done.stderr.count('\n') == 1 and not done.stdout, (case, done.stderr)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['binary.txt', 'broken.pt', 'empty.txt']
+
+
+def test_sample_writes_one_line_per_source(dozen):
+    done = run('sample.py', dozen / 'student', '--n', 1, stdin='1987-03-23\n2001-12-04\n')
+    assert done.returncode == 0, done.stderr
+    sources = [line.split(' -> ')[0] for line in done.stdout.splitlines()]
+    assert sources == ['1987-03-23', '2001-12-04']
+
+
+@pytest.mark.parametrize('script', [prepare_data, train_teacher, distill, sample])
+def test_help_shows_every_option(script):
+    text = run(Path(script.__file__).name, '-h').stdout
+    for field in fields(script.Options):
+        assert field.name.replace('_', '-') in text or field.name in text
+        assert f'[{field.default}]' in re.sub(r'\s+', ' ', text)
+
+
+BUDGET = {'model.py': 600, 'train_teacher.py': 300, 'distill.py': 350, 'sample.py': 220,
+          'prepare_data.py': 300, 'bench.py': 350, 'test_core.py': 450, 'README.md': 250}
+
+
+def test_budgets_and_width():
+    for name, limit in BUDGET.items():
+        if (HERE / name).exists():
+            lines = (HERE / name).read_text(encoding='utf-8').split('\n')[:-1]
+            assert len(lines) <= limit, f'{name}: {len(lines)} lines, budget {limit}'
+            if name.endswith('.py'):
+                assert max(map(len, lines)) <= 100, name
+    assert {p.name for p in HERE.glob('*.py')} <= set(BUDGET)

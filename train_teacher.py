@@ -7,19 +7,15 @@
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
 """
 import copy
-import io
 import json
-import platform
-import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prepare_data import fail, parse, write_whole
+from prepare_data import fail, parse
 
 PRESETS = {
-    'tiny': {},         # the defaults below: a laptop
+    'tiny': dict(layers=4, heads=8, width=128),     # a laptop, as the defaults below
     'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, optimiser='adamw', lr=3e-4,
                   warmup=2500, decay=0.0, ema=0.9999, batch=512, iters=1_000_000, eval_every=5000),
 }
@@ -39,7 +35,7 @@ class Options:
     decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
     ema: float = 0.999          # decay of the averaged weights, which samples are drawn with
     layers: int = 4             # transformer blocks
-    heads: int = 4              # attention heads
+    heads: int = 8              # attention heads
     width: int = 128            # D, channels of the residual stream
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
@@ -54,25 +50,14 @@ class Options:
 
 OPTIONS = parse(Options, presets=PRESETS) if __name__ == '__main__' else None   # before torch loads
 
-import numpy as np                                                               # noqa: E402
-import torch                                                                     # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from model import Config, OneHotFlow, load, record  # noqa: E402
+from model import (Config, OneHotFlow, autocast, generator, load, pick_device, save,  # noqa: E402
+                   write_whole)
 
 # -------------------------------------------------------------------------------------------------
-# Harness: what distil.py needs as well
-
-def pick_device(name):
-    """A torch.device: the one named, else cuda, mps or cpu in this order."""
-    if not name:
-        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
-        name = 'cuda' if torch.cuda.is_available() else name
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        fail(f'--device {name}: not available here; leave --device out to use what there is')
-    return torch.device(name)
-
+# What distill.py needs as well
 
 def load_data(folder):
     """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
@@ -88,20 +73,13 @@ def load_data(folder):
     return meta, *ids
 
 
-def generator(device, *key):
-    """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator(device).manual_seed(int(seed))
-
-
-def get_batch(ids, meta, n, share, rng, device):
+def get_batch(ids, meta, n, share, cpu, device):
     """n random rows: tokens (n, L) int64, given (n, L) bool, tau (n,) stratified over the batch.
 
     Pairs have their source given. Of other rows a `share` has a random prefix or random tokens
     given, which is what makes prompts and infilling work in a single call.
     """
     L = meta['length']
-    cpu = torch.Generator().manual_seed(rng.initial_seed())
     if meta['kind'] == 'rows':
         at = torch.randint(len(ids) // L, (n,), generator=cpu) * L
     else:
@@ -195,10 +173,10 @@ def update(model, ema, opts, it, o):
     return norm
 
 
-def autocast(device):
-    """bf16 where the GPU has it, fp32 elsewhere."""
-    on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    return torch.autocast('cuda', torch.bfloat16) if on else nullcontext()
+def state(opts, it, meta, o):
+    """What a checkpoint holds beside the weights."""
+    return {'optimisers': [opt.state_dict() for opt in opts], 'iter': it, 'meta': meta,
+            'options': asdict(o)}
 
 
 class Log:
@@ -221,17 +199,6 @@ class Log:
 
 def clock(seconds):
     return f'{int(seconds // 60)}:{int(seconds % 60):02d}'
-
-
-def save(out, model, ema, opts, it, meta, o, **more):
-    """<out>/model.pt, whole or not at all: tensors and plain values only."""
-    ckpt = {**record(model), 'model': model.state_dict(), 'ema': ema.state_dict(),
-            'optimisers': [opt.state_dict() for opt in opts], 'iter': it, 'meta': meta,
-            'options': {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(o).items()},
-            'versions': {'torch': torch.__version__, 'python': platform.python_version()}, **more}
-    buffer = io.BytesIO()
-    torch.save(ckpt, buffer)
-    write_whole(Path(out) / 'model.pt', buffer.getbuffer())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -262,11 +229,11 @@ def main(o):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
             log(it, val=validate(ema, val, meta, device))
-            save(out, model, ema, opts, it, meta, o)
+            save(out / 'model.pt', model, ema, **state(opts, it, meta, o))
         if last:
             break
-        rng = generator(device, o.seed, it)
-        tokens, given, tau = get_batch(train, meta, o.batch, o.given, rng, device)
+        cpu, rng = generator('cpu', o.seed, it, 0), generator(device, o.seed, it, 1)
+        tokens, given, tau = get_batch(train, meta, o.batch, o.given, cpu, device)
         with autocast(device):
             losses = model.loss(tokens, given, tau, rng)                        # (B,)
         losses.mean().backward()
@@ -292,23 +259,23 @@ def validate(model, ids, meta, device, batches=4):
     """Mean loss on fixed validation rows, times and noise: two runs see the same ones."""
     losses = []
     for i in range(batches):
-        rng = generator(device, 1234, i)
+        batch = get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device)
         with autocast(device):
-            loss = model.loss(*get_batch(ids, meta, 64, 0.0, rng, device), rng)
+            loss = model.loss(*batch, generator(device, 1234, i, 1))
         losses.append(loss.mean().item())
     return sum(losses) / batches
 
 
 def restore(out, model, ema, opts):
     """Load <out>/model.pt into everything that trains; returns the iteration to go on from."""
+    _, ckpt = load(out)
     try:
-        _, ckpt = load(out / 'model.pt')
         model.load_state_dict(ckpt['model'])
         ema.load_state_dict(ckpt['ema'])
-        for opt, state in zip(opts, ckpt['optimisers'], strict=True):
-            opt.load_state_dict(state)
-    except (ValueError, RuntimeError) as e:
-        fail(f'--resume: {out}/model.pt: {str(e).splitlines()[0]}; start afresh without --resume')
+        for opt, values in zip(opts, ckpt['optimisers'], strict=True):
+            opt.load_state_dict(values)
+    except (ValueError, RuntimeError):
+        fail(f'--resume: {out}/model.pt was made with other options; start afresh without --resume')
     return ckpt['iter']
 
 

@@ -43,7 +43,7 @@ class Config:
     cond: int = 128             # width of the time conditioning
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
-    axis: str = 'paper'         # tau(t): paper (decoding error falls linearly) | uniform (tau = t)
+    axis: str = 'reader'        # tau(t): reader | paper | uniform, see OneHotFlow
     two_time: bool = False      # a flow map also knows the time it jumps to
 
 
@@ -153,20 +153,21 @@ class Denoiser(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # Pure functions: the mathematics, testable on toys with known answers. t, s, u broadcast.
 
-def right_token(t, K):
+def right_token(t, K, share=1.0):
     """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813.
 
-    t (n,) float64 in [0, 1), K the vocabulary size -> (n,), by 100 Gauss-Hermite nodes.
+    t (n,) float64 in [0, 1), K the vocabulary size -> (n,), by 100 Gauss-Hermite nodes. `share`
+    scales the signal-to-noise ratio t/(1-t), for a reader who sees less than x_t.
     """
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(100))
-    log_cdf = torch.special.log_ndtr(nodes + (t / (1 - t))[:, None])            # (n, 100)
+    log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])    # (n, 100)
     return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
 
 
-def time_axis(K, knots=1001):
+def time_axis(K, share=1.0, knots=1001):
     """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, from 0 to 1."""
     ts = torch.linspace(0, 1, knots, dtype=torch.float64)
-    taus = (right_token(ts[:-1], K) - 1 / K) * K / (K - 1)
+    taus = (right_token(ts[:-1], K, share) - 1 / K) * K / (K - 1)
     taus = torch.cummax(torch.cat([taus - taus[0], torch.ones(1)]).clamp(0, 1), 0).values
     # flat at both ends to machine precision: a slight slope keeps t(0) = 0, t(1) = 1, one-to-one
     return ts, (1 - 1e-4) * taus + 1e-4 * ts
@@ -208,11 +209,22 @@ def dense_corrupt(onehot, eps, t, E):
 # FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
 
 class OneHotFlow(nn.Module):
+    """The flow of one-hot tokens, seen through E, on one of three time axes:
+
+    paper    tau rises as the error of argmax over x_t falls, arXiv:2602.16813
+    reader   the same for who reads h = x_t E instead. Whitened by its noise covariance E^T E, a
+             token's signal has energy E_k (E^T E)^-1 E_k^T, and these sum to D over the V tokens:
+             only D/V of x_t's on average. So t/(1-t) shrinks by sqrt(D/V), where D < V.
+    uniform  tau = t
+    """
+
     def __init__(self, c):
         super().__init__()
         self.config = c
         self.net = Denoiser(c)
-        ts, taus = time_axis(c.vocab) if c.axis == 'paper' else (torch.linspace(0, 1, 2),) * 2
+        share = min(1, c.width / c.vocab) ** 0.5 if c.axis == 'reader' else 1.0
+        ts, taus = time_axis(c.vocab, share)
+        taus = ts if c.axis == 'uniform' else taus
         self.register_buffer('ts', ts.float(), persistent=False)
         self.register_buffer('taus', taus.float(), persistent=False)
 

@@ -16,8 +16,9 @@ from prepare_data import fail, parse
 
 PRESETS = {
     'tiny': dict(layers=4, heads=8, width=128),     # a laptop, as the defaults below
-    'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, optimiser='adamw', lr=3e-4,
-                  warmup=2500, decay=0.0, ema=0.9999, batch=512, iters=1_000_000, eval_every=5000),
+    'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, axis='paper',
+                  optimiser='adamw', lr=3e-4, warmup=2500, decay=0.0, ema=0.9999, batch=512,
+                  iters=1_000_000, eval_every=5000),
 }
 
 
@@ -39,7 +40,7 @@ class Options:
     width: int = 128            # D, channels of the residual stream
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
-    axis: str = 'paper'         # tau(t): paper (decoding error falls linearly) | uniform (tau = t)
+    axis: str = 'reader'        # tau(t): reader (error of a reader of h) | paper | uniform
     given: float = 0.1          # share of rows without source that get random given tokens
     eval_every: int = 500       # iterations between validations; each one saves
     resume: bool = False        # go on from <out>/model.pt

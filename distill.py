@@ -25,7 +25,7 @@ class Options:
     diagonal: float = 0.5       # share of rows at s = t
     boundary: float = 0.2       # of the others, share at (s, t) = (0, 1): the one-call map itself
     teacher_diagonal: bool = True   # at s = t learn from the teacher; else from data alone
-    iters: int = 4000           # optimiser iterations
+    iters: int = 700            # optimiser iterations
     batch: int = 64             # rows per iteration
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 2e-3            # peak learning rate of AdamW

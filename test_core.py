@@ -284,38 +284,38 @@ def date_spec():
 
 @pytest.fixture(scope='module')
 def dozen(tmp_path_factory):
-    """Two dates in all eight forms: prepared, trained and distilled by the real scripts' main()."""
+    """A dozen rows, six dates in two forms each, through the real scripts' main()."""
     folder = tmp_path_factory.mktemp('dozen')
-    days = ['1987-03-23', '2001-12-04']
-    pairs = [(day, form) for day in days for form in prepare_data.date_forms(day)]
+    days = ['1987-03-23', '2001-12-04', '1912-08-30', '2076-10-15', '1944-06-11', '2033-01-27']
+    pairs = [(day, prepare_data.date_forms(day)[form]) for day in days for form in (1, 6)]
     spec = date_spec()
     rows, _ = prepare_data.pack_rows(encoding(spec), pairs, 22)
-    write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True,
-                               length=22, source='test', left_out=0)
-    small = dict(data=str(folder / 'data'), device='cpu', batch=32, eval_every=10 ** 6)
-    train_teacher.main(train_teacher.Options(out=str(folder / 'teacher'), iters=250, layers=2,
-                                             width=64, **small))
+    write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True, length=22,
+                  source='test', left_out=0)
+    o = dict(device='cpu', batch=64, eval_every=10 ** 6)
+    train_teacher.main(train_teacher.Options(data=str(folder / 'data'), out=str(folder / 'teacher'),
+                                             iters=400, layers=2, width=64, **o))
     before = (folder / 'teacher' / 'model.pt').read_bytes()
-    distill.main(distill.Options(teacher=str(folder / 'teacher'), out=str(folder / 'student'),
-                                 iters=400, **small))
+    distill.main(distill.Options(teacher=str(folder / 'teacher'), iters=400, boundary=0.5, lr=4e-3,
+                                 muon_lr=0.03, method='lagrangian', **o))
     assert (folder / 'teacher' / 'model.pt').read_bytes() == before        # teacher untouched
     return folder
 
 
-def test_overfit_two_dates_in_one_call(dozen):
+def test_overfit_a_dozen_rows_in_one_call(dozen):
     meta, train, _ = train_teacher.load_data(dozen / 'data')
     figures = {}
     for who in ('teacher', 'student'):
-        model, _ = load(dozen / who / 'model.pt')
+        model, _ = load(dozen / who)
         rows, _ = sample.draw_rows(model, meta, train, 200, 1, seed=0)
         figures[who] = sample.health(rows, meta)
-    assert figures['student']['valid'] >= 0.95 and figures['student']['form_entropy'] > 0.8, figures
-    assert figures['teacher']['valid'] < 0.5, figures
+    assert figures['student']['valid'] >= 0.85, figures         # 0.90 when written
+    assert figures['teacher']['valid'] < 0.4, figures           # 0.24
 
 
 def test_checkpoint_round_trip_and_exact_resume(dozen, tmp_path):
     model, ckpt = load(dozen / 'teacher' / 'model.pt', ema=False)
-    assert ckpt['iter'] == 250 and ckpt['meta']['tokenizer']['name'] == 'dates'
+    assert ckpt['iter'] == 400 and ckpt['meta']['tokenizer']['name'] == 'dates'
     for key, value in ckpt['model'].items():
         assert torch.equal(model.state_dict()[key], value)
     # 6 iterations at once = 3, a stop, and 3 more, to the last bit; evaluation in between or not

@@ -27,7 +27,7 @@ class Options:
     data: str = 'data/pydocs'   # folder made by prepare_data.py
     out: str = ''               # folder for model.pt and log.jsonl; default out/<data>/teacher
     preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
-    iters: int = 4000           # optimiser iterations
+    iters: int = 1400           # optimiser iterations
     batch: int = 64             # rows per iteration
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 3e-3            # peak learning rate of AdamW

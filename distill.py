@@ -123,7 +123,7 @@ def main(o):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
             for nfe in (1, 2, 4):
-                rows, seconds = draw_rows(ema, meta, val, 200, nfe, seed=1)
+                rows, _ = draw_rows(ema, meta, val, 200, nfe, seed=1)
                 log(it, nfe=nfe, **health(rows, meta, data))
             save(out / 'model.pt', student, ema, teacher=ckpt['options'],
                  **state(opts, it, meta, o))
@@ -144,9 +144,8 @@ def main(o):
             losses = row_cross_entropy(student.net(h, given, s, t), target, given)
         losses.mean().backward()
         norm = update(student, ema, opts, it, o)
-        edge = t - s == 1
-        kinds = torch.stack([torch.arange(o.batch, device=device) < n, edge, ~edge])
-        kinds[2, :n] = False
+        same, edge = torch.arange(o.batch, device=device) < n, t - s == 1
+        kinds = torch.stack([same, edge, ~(same | edge)])
         sums += (kinds * losses.detach()).sum(1) / kinds.sum(1).clamp(min=1)
         if (it + 1) % 100 == 0:
             diag, one, rest = (sums / 100).tolist()

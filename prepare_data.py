@@ -259,11 +259,11 @@ def main(o):
         fail(f'{source}: holds no text')
 
     # 2. tokens; no source and no sentence is in both splits
-    pairs, own = isinstance(items[0], tuple), source.startswith('all days')
-    kind = 'rows' if pairs or source.startswith('docstrings') else 'stream'
+    pairs, own = isinstance(items[0], tuple), '' if o.input else o.name
+    kind = 'rows' if pairs or own == 'pydocs' else 'stream'
     texts = (text for item in items for text in (item if pairs else [item]))
-    spec = make_tokenizer('dates' if own else o.tokenizer, texts)
-    enc, length = encoding(spec), 0 if own else o.length
+    spec = make_tokenizer(own if own == 'dates' else o.tokenizer, texts)
+    enc, length = encoding(spec), 0 if own == 'dates' else o.length
     if kind == 'rows':
         keys = [item[0] if pairs else item for item in items]
         unique = list(dict.fromkeys(keys))

@@ -103,7 +103,7 @@ def get_batch(ids, meta, n, share, cpu, device):
 def source_mask(tokens, meta):
     """True up to and including the first <sep>: (B, L) -> (B, L)."""
     sep = tokens == meta['special']['<sep>']
-    return (sep.cumsum(1) == 0) | (sep & (sep.cumsum(1) == 1))
+    return sep.cumsum(1) - sep.long() == 0
 
 
 class Muon(torch.optim.Optimizer):

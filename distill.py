@@ -1,14 +1,17 @@
 """Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/teacher --iters 6000
-    python distill.py out/dates/teacher --method lagrangian
+    python distill.py out/dates/teacher --method lagrangian --iters 6000 --decay 0.9
+    python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
-The student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight jump
-from any time s to any later t, and delta_{0,1} turns noise into text. Data, network and tokenizer
-come from the teacher's checkpoint. Writes <out>/model.pt and <out>/log.jsonl.
+A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
+jump from any time s to any later t, and delta_{0,1} turns noise into text. A diffusion's student is
+a generator trained by score distillation. Data, network and tokenizer come from the teacher's
+checkpoint. Writes <out>/model.pt and <out>/log.jsonl.
 """
 import copy
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,11 +23,16 @@ class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
     out: str = ''               # folder for model.pt and log.jsonl; default student, beside it
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'semigroup'   # semigroup | lagrangian | eulerian: where the middle time u lies
-    leg: float = 0.1            # length of the teacher's leg in tau, as a share of t - s
-    diagonal: float = 0.5       # share of rows at s = t
-    boundary: float = 0.2       # of the others, share at (s, t) = (0, 1): the one-call map itself
-    teacher_diagonal: bool = True   # at s = t learn from the teacher; else from data alone
+    method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian, see flow_map_target
+    leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
+    diagonal: float = 0.25      # flow: share of rows at s = t
+    boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
+    teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
+    loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
+    alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
+    fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
+    adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
+    score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
     iters: int = 700            # optimiser iterations
     batch: int = 64             # rows per iteration
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
@@ -42,20 +50,23 @@ class Options:
 
 OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else None
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
-from model import (OneHotFlow, autocast, generator, load, pick_device,  # noqa: E402
-                   row_cross_entropy, save, semigroup_weight)
+from model import (autocast, build, generator, is_student, load, pick_device,  # noqa: E402
+                   row_cross_entropy, row_mean, save, semigroup_weight)
 from sample import draw_rows, health  # noqa: E402
 from train_teacher import (Log, get_batch, load_data, optimisers, restore, state,  # noqa: E402
                            update)
 
 
-def time_pairs(B, o, rng, device):
-    """(tau_s, tau_t), each (B,), and n: rows :n lie at s = t, some at (0, 1), the rest between.
+# -------------------------------------------------------------------------------------------------
+# FMLM: the flow map, learnt from the teacher and from the student's own shorter legs
 
-    Between: t - s ~ U(0, 1) and s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813.
+def time_pairs(B, o, rng, device):
+    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, rows n:edge at (0, 1).
+
+    The others have t - s ~ U(0, 1) and s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813.
     """
     n = round(B * o.diagonal)
     edge = n + max(1, round((B - n) * o.boundary)) if o.boundary else n
@@ -63,11 +74,11 @@ def time_pairs(B, o, rng, device):
     s, t = u[1] * (1 - u[0]), u[1] * (1 - u[0]) + u[0]
     s[:n] = t[:n] = (u[0, 0] + torch.arange(n, device=device) / max(1, n)) % 1      # stratified
     s[n:edge], t[n:edge] = 0, 1
-    return s, t, n
+    return s, t, n, edge
 
 
 @torch.no_grad()
-def flow_map_target(student, teacher, h, given, s, t, o):
+def flow_map_target(student, teacher, h, given, s, t, method, leg):
     """What delta_{s,t}(h) should be, from two shorter legs s -> u -> t: (B, L, V), rows sum to 1.
 
     semigroup   u in the middle, both legs by the student
@@ -75,22 +86,127 @@ def flow_map_target(student, teacher, h, given, s, t, o):
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
     One formula for the three (Eq. of semigroup_weight), no derivative, and always in the simplex.
     """
-    share = {'semigroup': 0.5, 'lagrangian': 1 - o.leg, 'eulerian': o.leg}[o.method]
+    share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
     u = s + share * (t - s)
-    first = teacher(h, given, s) if o.method == 'eulerian' else student.net(h, given, s, u)
+    first = teacher(h, given, s) if method == 'eulerian' else student.predict(h, given, s, u)
     first = first.softmax(-1)
     h_u = student.jump(h, first, given, s, u)
-    last = teacher(h_u, given, u) if o.method == 'lagrangian' else student.net(h_u, given, u, t)
+    last = teacher(h_u, given, u) if method == 'lagrangian' else student.predict(h_u, given, u, t)
     g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
     return g * first + (1 - g) * last.softmax(-1)
 
 
+def flow_map(student, teacher, o, device):
+    """One distillation iteration of the flow map, as a function, and what it trains beside."""
+    if o.teacher_diagonal:
+        D = teacher.predict
+    else:       # self-distillation: the student's own diagonal is the denoiser
+        def D(h, given, tau): return student.predict(h, given, tau, tau)
+
+    def losses(tokens, given, rng):
+        s, t, n, edge = time_pairs(o.batch, o, rng, device)
+        h = student.corrupt(tokens, given, s, rng)
+        # one call learns from two, which are better than nine tenths of its own jump and a leg
+        target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
+                  for a, b, method in ((n, edge, 'semigroup'), (edge, len(h), o.method)) if b > a]
+        if o.teacher_diagonal:
+            with torch.no_grad():
+                diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)
+        else:
+            diagonal = F.one_hot(tokens[:n], student.config.vocab).float()
+        target = torch.cat([diagonal, *target])
+        loss = row_cross_entropy(student.predict(h, given, s, t), target, given)
+        groups = {'diagonal': loss[:n], 'one_call': loss[n:edge], 'between': loss[edge:]}
+        return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
+    return losses
+
+
+# -------------------------------------------------------------------------------------------------
+# DLM-One: score distillation of a diffusion into a generator
+
+START = 1 - 1491 / 2000     # where the generator's noise lies: s/a = 2.5, as in SiD
+
+
+def score_gap(x, real, fake, alpha=1.0, loss='sid'):
+    """What the student minimises at each position, up to a weight: (B, L, C) three times -> (B, L).
+
+    x is generated; `real` and `fake` are what the teacher and the fake denoiser guess it was, from
+    x_t. Where both guess the same, at all noise levels, the student writes as the data do.
+    sid  (1 - alpha) |real - fake|^2 + (real - fake).(fake - x), arXiv:2404.04057, with gradient
+         through all three. Its mean is (1 - alpha) E|real - fake|^2: no progress meter.
+    dmd  the gradient fake - real on x alone, arXiv:2311.18828
+    """
+    if loss == 'dmd':
+        return ((fake - real).detach() * x).mean(-1)
+    gap = real - fake
+    return ((1 - alpha) * gap.square() + gap * (fake - x)).mean(-1)
+
+
+class Fake(torch.nn.Module):
+    """The fake denoiser psi, which follows what the student writes, with a critic in its middle."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.model = copy.deepcopy(teacher).requires_grad_(True)
+        # embeddings and rounding stay the teacher's
+        self.model.net.embed.requires_grad_(False), self.model.bias.requires_grad_(False)
+        self.critic = torch.nn.Linear(teacher.config.width, 1)      # real or generated?
+        blocks = self.model.net.blocks
+        blocks[(len(blocks) - 1) // 2].register_forward_hook(self.keep)
+
+    def keep(self, block, inputs, y):
+        self.middle = y
+
+    def forward(self, x_t, given, t):
+        """The clean x it sees in x_t (B, L, C), and per row the logit of "real" (B,)."""
+        x = self.model.predict(x_t, given, t)
+        return x, row_mean(self.critic(self.middle)[..., 0], given)
+
+
+def score_distillation(student, teacher, fake, fake_opt, o, device):
+    """The student's loss of one iteration, as a function; it first lets the fake catch up."""
+
+    def losses(tokens, given, rng):
+        B = len(tokens)
+        for _ in range(o.fake_ratio):
+            with torch.no_grad():
+                x, clean = student.generate(tokens, given, rng)
+            t = torch.rand(B, generator=rng, device=device)
+            seen, logit = fake(student.corrupt(x, clean, given, t, rng), given, t)
+            loss = row_mean((seen - x).square().mean(-1), given).mean()
+            if o.adversarial:
+                real = clean + student.GRAIN * student.noise(clean, rng)
+                _, logit_real = fake(student.corrupt(real, clean, given, t, rng), given, t)
+                loss = loss + (F.softplus(-logit_real) + F.softplus(logit)).mean()
+            fake_opt.zero_grad(set_to_none=True)
+            loss.backward()
+            fake_opt.step()
+
+        x, clean = student.generate(tokens, given, rng)
+        t = 0.02 + 0.96 * torch.rand(B, generator=rng, device=device)
+        x_t = student.corrupt(x, clean, given, t, rng)
+        real, (seen, logit) = teacher.predict(x_t, given, t), fake(x_t, given, t)
+        gap = row_mean((real - seen).detach().square().mean(-1), given)
+        # rows far from what the teacher sees would drown the others
+        weight = 1 / row_mean((x - real).detach().abs().mean(-1), given).clamp(min=1e-5)
+        loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
+        if o.adversarial:
+            loss = loss + o.adversarial * F.softplus(-logit).mean()
+        return loss, {'gap': gap.mean(), 'fake_error': row_mean(
+            (seen - x).detach().square().mean(-1), given).mean()}
+    return losses
+
+
+# -------------------------------------------------------------------------------------------------
+
 def main(o):
-    if o.method not in ('semigroup', 'lagrangian', 'eulerian'):
-        fail(f'--method {o.method}: use semigroup, lagrangian or eulerian')
+    for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian')),
+                          ('loss', ('sid', 'dmd'))):
+        if getattr(o, name) not in allowed:
+            fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
-    if teacher.config.two_time:
+    if is_student(teacher.config):
         fail(f'{o.teacher} is a student already; run: python distill.py FOLDER_OF_ITS_TEACHER')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
     out = Path(o.out) if o.out else folder.with_name('student')
@@ -100,59 +216,69 @@ def main(o):
         fail(f'{data} is not what {o.teacher} was trained on; name that folder by --data')
 
     torch.manual_seed(o.seed)
-    student = OneHotFlow(replace(teacher.config, two_time=True, dropout=0.0)).to(device)
-    # the second time starts at zero, so that the student starts as its teacher
+    flow, others = teacher.config.model == 'flm', {}
+    student = build(replace(teacher.config, dropout=0.0, two_time=flow,
+                            start=0.0 if flow else START))
+    # a flow map's second time starts at zero, so that every student starts as its teacher
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
+    student.to(device)
+    teacher.requires_grad_(False)
     # the embedding spans the space both networks read and write: shared, so never trained
     student.net.embed.requires_grad_(False)
-    teacher.requires_grad_(False)
+    if flow:
+        opts = optimisers(student, o)
+        losses = flow_map(student, teacher, o, device)
+    else:
+        student.bias.requires_grad_(False)
+        fake = others['fake'] = Fake(teacher).to(device)
+        opts = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=o.score_lr,
+                                 betas=(0.0, 0.999)) for m in (student, fake)]
+        for opt in opts:
+            opt.param_groups[0]['peak'] = o.score_lr
+        losses = score_distillation(student, teacher, fake, opts[1], o, device)
+    trained = [p for p in student.parameters() if p.requires_grad]
     ema = copy.deepcopy(student).requires_grad_(False).eval()
-    opts = optimisers(student, o)
-    start = restore(out, student, ema, opts) if o.resume else 0
+    start = restore(out, student, ema, opts, **others) if o.resume else 0
     if o.compile and device.type == 'cuda':
         student.net.compile(), teacher.net.compile()
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, o, start)
-    if o.teacher_diagonal:
-        D = teacher.net
-    else:       # self-distillation: the student's own diagonal is the denoiser
-        def D(h, given, tau): return student.net(h, given, tau, tau)
 
-    sums = torch.zeros(3, device=device)
+    sums, best = Counter(), 0.0
     for it in range(start, o.iters + 1):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
+            quality = []
             for nfe in (1, 2, 4):
                 rows, _ = draw_rows(ema, meta, val, 200, nfe, seed=1)
-                log(it, nfe=nfe, **health(rows, meta, data))
-            save(out / 'model.pt', student, ema, teacher=ckpt['options'],
-                 **state(opts, it, meta, o))
+                figures = health(rows, meta, data)
+                log(it, nfe=nfe, **figures)
+                # correct and all different, at best 1
+                quality.append(figures.get('valid', figures.get('words', 1))
+                               * figures.get('form_entropy', figures.get('unique')))
+            if flow or quality[0] >= best:
+                best = quality[0]
+                save(out / 'model.pt', student, ema, teacher=ckpt['options'],
+                     **{name: m.state_dict() for name, m in others.items()},
+                     **state(opts, it, meta, o))
+            elif quality[0] < best / 2:
+                fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
+                     '--score-lr or raise --fake-ratio')
         if last:
             break
         cpu, rng = generator('cpu', o.seed, it, 0), generator(device, o.seed, it, 1)
         tokens, given, _ = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
-        s, t, n = time_pairs(o.batch, o, rng, device)
         with autocast(device):
-            h = student.corrupt(tokens, given, s, rng)
-            target = flow_map_target(student, D, h[n:], given[n:], s[n:], t[n:], o)
-            if o.teacher_diagonal:
-                with torch.no_grad():
-                    diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)
-            else:
-                diagonal = torch.nn.functional.one_hot(tokens[:n], meta['vocab']).float()
-            target = torch.cat([diagonal, target])
-            losses = row_cross_entropy(student.net(h, given, s, t), target, given)
-        losses.mean().backward()
-        norm = update(student, ema, opts, it, o)
-        same, edge = torch.arange(o.batch, device=device) < n, t - s == 1
-        kinds = torch.stack([same, edge, ~(same | edge)])
-        sums += (kinds * losses.detach()).sum(1) / kinds.sum(1).clamp(min=1)
+            loss, seen = losses(tokens, given, rng)
+        loss.backward(inputs=trained)       # not into the fake denoiser, whose own turn is past
+        norm = update(student, ema, opts[:1] if others else opts, it, o)
+        sums.update({**seen, 'norm': norm})
         if (it + 1) % 100 == 0:
-            diag, one, rest = (sums / 100).tolist()
-            if not np.isfinite(diag + one + rest):
-                fail(f'no finite loss at iteration {it + 1}; lower --lr and --muon-lr, --resume')
-            log(it + 1, diagonal=diag, between=rest, one_call=one, norm=norm.item())
-            sums.zero_()
+            means = {name: x.item() / 100 for name, x in sums.items()}
+            if not all(map(math.isfinite, means.values())):
+                fail(f'no finite loss at iteration {it + 1}; lower the learning rates, --resume')
+            log(it + 1, **means)
+            sums.clear()
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
     print(f'next: python sample.py {out} --compare {o.teacher}')
 

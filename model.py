@@ -40,15 +40,19 @@ class Config:
     layers: int = 4
     heads: int = 4
     width: int = 128            # D
+    code: int = 0               # C, channels of the embedding E (V x C); 0: as the width
+    model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion)
     cond: int = 128             # width of the time conditioning
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
-    axis: str = 'reader'        # tau(t): reader | paper | uniform, see OneHotFlow
+    axis: str = 'reader'        # tau(t): reader | paper | uniform | a number, see OneHotFlow
     two_time: bool = False      # a flow map also knows the time it jumps to
+    start: float = 0.0          # diffuseq: time of the first call; a one-call student's is later
+    anchor: float = 0.0         # diffuseq: weight of the cross-entropy of the rounded prediction
 
 
 # -------------------------------------------------------------------------------------------------
-# The denoiser, used by every model: noisy rows h (B, L, D) at time tau (B,) -> logits (B, L, V)
+# The denoiser, used by every model: noisy rows h (B, L, C) at time tau (B,) -> (B, L, V or C)
 
 def sinusoid(tau, dim=256):
     """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
@@ -106,16 +110,18 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """The transformer. It owns the embedding table E, in whose row space the noisy rows live."""
 
-    def __init__(self, c):
+    def __init__(self, c, out):
         super().__init__()
-        self.embed = nn.Parameter(torch.empty(c.vocab, c.width))                # E (V, D)
+        C = c.code or c.width
+        self.embed = nn.Parameter(torch.empty(c.vocab, C))                      # E (V, C)
+        self.into = nn.Linear(C, c.width, bias=False) if C != c.width else nn.Identity()
         self.position = nn.Parameter(torch.empty(c.length, c.width))
         self.known = nn.Parameter(torch.empty(c.width))                         # added where given
         self.time = TimeEmbedding(c.cond)
         self.time_to = TimeEmbedding(c.cond) if c.two_time else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.ada = nn.Linear(c.cond, 2 * c.width)
-        self.head = nn.Linear(c.width, c.vocab)                                 # not tied to E
+        self.head = nn.Linear(c.width, out)                                     # not tied to E
         half = c.width // c.heads // 2
         angle = torch.arange(c.length)[:, None] * 10000 ** (-torch.arange(half) / half)
         self.register_buffer('cos', angle.cos(), persistent=False)
@@ -137,17 +143,15 @@ class Denoiser(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, h, given, tau, tau_to=None):
-        """h (B, L, D), given (B, L), tau and tau_to (B,) -> logits (B, L, V) in fp32."""
-        # h is of size ~|E| as noise and ~1 row of E when clean: only its direction goes in
-        x = F.rms_norm(h, h.shape[-1:]) + self.position[:h.shape[1]] + given[..., None] * self.known
+        """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32."""
+        x = self.into(h) + self.position[:h.shape[1]] + given[..., None] * self.known    # (B, L, D)
         cond = self.time(tau) if tau_to is None else self.time(tau) + self.time_to(tau_to)
         cond = F.silu(cond)
         cos, sin = self.cos[:h.shape[1]], self.sin[:h.shape[1]]
         for block in self.blocks:
             x = block(x, cond, cos, sin)
         shift, scale = self.ada(cond)[:, None].chunk(2, dim=-1)
-        logits = self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).float()
-        return 30 * torch.tanh(logits / 30)         # soft cap, keeps bf16 logits finite
+        return self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).float()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -221,8 +225,9 @@ class OneHotFlow(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.net = Denoiser(c)
-        share = min(1, c.width / c.vocab) ** 0.5 if c.axis == 'reader' else 1.0
+        self.net = Denoiser(c, out=c.vocab)
+        shares = {'reader': min(1, (c.code or c.width) / c.vocab) ** 0.5, 'paper': 1, 'uniform': 1}
+        share = shares.get(c.axis) or float(c.axis)
         ts, taus = time_axis(c.vocab, share)
         taus = ts if c.axis == 'uniform' else taus
         self.register_buffer('ts', ts.float(), persistent=False)
@@ -259,10 +264,21 @@ class OneHotFlow(nn.Module):
         h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
         return torch.where(given[..., None], clean, h)
 
+    def predict(self, h, given, tau, tau_to=None):
+        """The network on rows h (B, L, C) brought to unit size -> logits (B, L, V)."""
+        t = self.t_of(tau)[:, None, None]
+        V, C = self.net.embed.shape
+        # mean squares per channel: |E|^2 / C for noise (it adds up over V tokens), 1/V of it for a
+        # clean token. A constant per t, not each token's own norm: of few channels that tells much
+        size = torch.where(given[..., None], 1 / V, (1 - t) ** 2 + t ** 2 / V)
+        size = (size / C).sqrt() * self.net.embed.detach().float().norm()
+        logits = self.net(h / size, given, tau, tau_to)
+        return 30 * torch.tanh(logits / 30)         # soft cap, keeps bf16 logits finite
+
     def loss(self, tokens, given, tau, rng=None):
         """Cross-entropy of the clean tokens, mean over positions not given: (B,), nats."""
         h = self.corrupt(tokens, given, tau, rng)
-        return row_cross_entropy(self.net(h, given, tau), tokens, given)
+        return row_cross_entropy(self.predict(h, given, tau), tokens, given)
 
     def jump(self, h, p, given, tau_s, tau_t):
         """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given rows stay."""
@@ -290,7 +306,8 @@ class OneHotFlow(nn.Module):
             # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
             r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
             to = self.tau_of(r).expand(B) if gamma else then
-            logits = self.net(h, given, now, to if self.config.two_time else None) / temperature
+            logits = self.predict(h, given, now, to if self.config.two_time else None)
+            logits = logits / temperature
             logits[..., -2:] = -torch.inf                       # <sep> and <bos> are never written
             p = nucleus(logits.softmax(-1), top_p)                              # (B, L, V)
             if watch:
@@ -306,6 +323,130 @@ class OneHotFlow(nn.Module):
             h = torch.where(given[..., None], clean, h_next)
         last = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
         return torch.where(given, tokens, last)
+
+
+# -------------------------------------------------------------------------------------------------
+# DiffuSeq and DLM-One: diffusion of embeddings (teacher) and its one-call generator (start > 0)
+
+def noise_level(t):
+    """a(t), s(t) of x_t = a x + s eps, a^2 + s^2 = 1: the square-root schedule of DiffuSeq.
+
+    With T = 2000 published steps, index i is t = 1 - (i+1)/T (arXiv:2210.08933). Any shape of t.
+    """
+    # 2e-7: pure noise stays finite as s/a, the published table's last entry
+    keep = ((1 - (1 - t + 1e-4).sqrt()) / 0.99).clamp(2e-7, 1)
+    return keep.sqrt(), (1 - keep).sqrt()
+
+
+def ancestral(x_t, x, t, s, noise):
+    """Draw x_s, s > t, given x_t and the clean x: the exact posterior for any stride."""
+    (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
+    keep = (a_t / a_s) ** 2                         # of the signal's power on the way from s to t
+    mean = (a_s * (1 - keep) * x + keep.sqrt() * s_s ** 2 * x_t) / s_t ** 2
+    return mean + ((1 - keep) * s_s ** 2 / s_t ** 2).sqrt() * noise
+
+
+def ddim(x_t, x, t, s):
+    """Move x_t to time s along the clean x, without fresh noise (arXiv:2010.02502)."""
+    (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
+    return a_s * x + s_s / s_t * (x_t - a_t * x)
+
+
+class EmbeddingDiffusion(nn.Module):
+    """DiffuSeq (arXiv:2210.08933): Gaussian diffusion of embeddings; the network guesses x.
+
+    Given positions keep their embedding at all times. What is learned is a table E with x near
+    E[token] that rounding can tell apart, so the rounding head is E itself with a bias.
+    """
+    GRAIN = 0.121       # the clean end is a little noisy, x = E[token] + 0.121 n: s at i = 0
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.net = Denoiser(c, out=c.code or c.width)
+        nn.init.normal_(self.net.embed)             # of the size of the noise
+        self.bias = nn.Parameter(torch.zeros(c.vocab))
+
+    def round(self, x):
+        """Logits of the tokens that x (B, L, C) may stand for: (B, L, V)."""
+        return x.float() @ self.net.embed.float().T + self.bias
+
+    def predict(self, x_t, given, t, _=None):
+        """The clean x (B, L, C) seen from x_t at time t (B,)."""
+        return self.net(x_t, given, t)
+
+    def noise(self, x, rng=None):
+        return torch.randn(x.shape, generator=rng, device=x.device)
+
+    def corrupt(self, x, clean, given, t, rng=None):
+        """x_t (B, L, C) of x at times t (B,); given positions hold `clean`, their embeddings."""
+        a, s = noise_level(t[:, None, None])
+        return torch.where(given[..., None], clean, a * x + s * self.noise(x, rng))
+
+    def loss(self, tokens, given, t, rng=None):
+        """Squared error of x, rounding term and anchor term, mean over positions: (B,)."""
+        clean = self.net.embed[tokens].float()                                  # (B, L, C)
+        x = clean + self.GRAIN * self.noise(clean, rng)
+        guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
+        error = row_mean((guess - x).square().mean(-1), given)
+        # without the rounding term all embeddings would shrink to one point, error 0
+        loss = error + row_cross_entropy(self.round(x), tokens, torch.zeros_like(given))
+        if self.config.anchor:
+            loss = loss + self.config.anchor * row_cross_entropy(self.round(guess), tokens, given)
+        return loss
+
+    def generate(self, tokens, given, rng=None):
+        """The one-call generator: x_g (B, L, C) and the source embeddings, with gradient."""
+        clean = self.net.embed[tokens].float()
+        start = torch.full_like(tokens[:, 0], self.config.start, dtype=torch.float)
+        x = noise_level(start[:, None, None])[1] * self.noise(clean, rng)
+        return self.predict(torch.where(given[..., None], clean, x), given, start), clean
+
+    @torch.no_grad()
+    def sample(self, tokens, given, nfe, rng=None, sampler='ancestral', clamp=False, watch=None):
+        """Write the positions of tokens (B, L) that are not given, in nfe network calls: (B, L).
+
+        sampler  ancestral | ddim, both right for any stride;  watch(i, tokens) sees each guess
+        clamp    every guess goes to the nearest embedding before it is used
+        """
+        E = self.net.embed.float()
+        clean = E[tokens]                                                       # (B, L, C)
+        grid = torch.linspace(self.config.start, 1, nfe + 1, device=clean.device)
+        x_t = noise_level(grid[0])[1] * self.noise(clean, rng)
+        for i in range(nfe):
+            x_t = torch.where(given[..., None], clean, x_t)
+            x = self.predict(x_t, given, grid[i].expand(len(tokens)))
+            written = torch.where(given, tokens, self.written(x))
+            if watch:
+                watch(i, written)
+            if clamp:
+                x = E[(x @ E.T - E.square().sum(-1) / 2).argmax(-1)]
+            if i + 1 < nfe:
+                x_t = (ddim(x_t, x, grid[i], grid[i + 1]) if sampler == 'ddim' else
+                       ancestral(x_t, x, grid[i], grid[i + 1], self.noise(clean, rng)))
+        return written
+
+    def written(self, x):
+        """The tokens x (B, L, C) rounds to; <sep> and <bos> are never written: (B, L)."""
+        return self.round(x)[..., :-2].argmax(-1)
+
+
+# -------------------------------------------------------------------------------------------------
+# What both models share
+
+def build(config):
+    """The model a Config describes."""
+    return (EmbeddingDiffusion if config.model == 'diffuseq' else OneHotFlow)(config)
+
+
+def is_student(config):
+    """Whether a model has been distilled: a flow map, or a generator that starts late."""
+    return config.two_time or config.start > 0
+
+
+def row_mean(x, given):
+    """Mean of x (B, L) over the positions not given: (B,)."""
+    return (x * ~given).sum(1) / (~given).sum(1).clamp(min=1)
 
 
 def nucleus(p, top_p):
@@ -327,8 +468,7 @@ def row_cross_entropy(logits, target, given):
     """Mean over positions not given: logits (B, L, V), ids (B, L) or p (B, L, V) -> (B,), nats."""
     logits = logits.transpose(1, 2)                                             # (B, V, L)
     target = target if target.ndim == 2 else target.transpose(1, 2)
-    loss = F.cross_entropy(logits, target, reduction='none') * ~given           # (B, L)
-    return loss.sum(1) / (~given).sum(1).clamp(min=1)
+    return row_mean(F.cross_entropy(logits, target, reduction='none'), given)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -352,6 +492,21 @@ def encode(enc, spec, text):
             if piece not in spec['tokens']:
                 raise ValueError(f'{piece!r} is not in the vocabulary of this model')
     return enc.encode_ordinary(text)
+
+
+def split_rows(rows, meta):
+    """Rows (B, L) -> per row (ids of the source, ids of the text up to its <eos>)."""
+    eos, _, sep, _ = meta['special'].values()
+    for row in rows.tolist():
+        start = row.index(sep) + 1 if meta['pairs'] else 0
+        end = row.index(eos, start) if meta['kind'] == 'rows' and eos in row[start:] else len(row)
+        yield row[:max(0, start - 1)], row[start:end]
+
+
+def to_texts(rows, meta, enc=None):
+    """Rows (B, L) -> list of (source, text)."""
+    enc = enc or encoding(meta['tokenizer'])
+    return [(enc.decode(source), enc.decode(text)) for source, text in split_rows(rows, meta)]
 
 
 def write_whole(path, data):
@@ -389,7 +544,7 @@ def load(path, device='cpu', ema=True):
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if ckpt['format'] > FORMAT:
             fail(f'{path}: its format {ckpt["format"]} is newer than this code (format {FORMAT})')
-        model = OneHotFlow(Config(**ckpt['config']))
+        model = build(Config(**ckpt['config']))
         model.load_state_dict(ckpt['ema' if ema else 'model'])
     except Exception as e:              # torch.load raises a dozen different types
         fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')

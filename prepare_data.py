@@ -58,7 +58,7 @@ def parse(options, positional='', presets=None, argv=None):
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs='+')}
     for f in fields(options):
         free = f.name == positional
-        how = dict(nargs='?') if free else kinds.get(f.type, dict(type=f.type))
+        how = dict(nargs='?*'[f.type is tuple]) if free else kinds.get(f.type, dict(type=f.type))
         parser.add_argument(f.name if free else '--' + f.name.replace('_', '-'), default=f.default,
                             help=f'{told[f.name]} [{f.default}]', **how)
     if presets:                         # other defaults; explicit options still win

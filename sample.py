@@ -27,8 +27,9 @@ class Options:
     checkpoint: str = 'out/pydocs/student'  # folder or model.pt
     nfe: int = 1                # network calls
     n: int = 8                  # rows to write (for each source)
+    mbr: int = 0                # for each source: write the one of so many rows most like the rest
     seed: int = 0               # of the noise
-    sampler: str = 'euler'      # euler (for a student: its flow map) | bridge
+    sampler: str = ''           # flm: euler | bridge (teacher); diffuseq: ancestral | ddim
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
     temperature: float = 1.0    # of every prediction
     top_p: float = 1.0          # keep the most likely tokens of this total probability
@@ -38,7 +39,6 @@ class Options:
     compare: str = ''           # a teacher: its rows at 1 and 64 calls beside ours, same noise
     watch: bool = False         # animate the denoising in the terminal
     info: bool = False          # describe the checkpoint and stop
-    ema: bool = True            # averaged weights; --no-ema takes the last ones
     device: str = ''            # cpu, cuda or mps; default the best there is
 
 
@@ -46,11 +46,12 @@ OPTIONS = parse(Options, positional='checkpoint') if __name__ == '__main__' else
 
 import torch  # noqa: E402
 
-from model import autocast, encode, encoding, generator, load, pick_device  # noqa: E402
+from model import (autocast, encode, encoding, generator, is_student, load,  # noqa: E402
+                   pick_device, split_rows, to_texts)
 from train_teacher import get_batch, load_data  # noqa: E402
 
 
-# ---- Rows of ids <-> texts ----
+# ---- Writing rows ----
 
 def known_row(meta, enc, o, source):
     """What is known of a row -> tokens (1, L) and given (1, L); unknown positions hold 0."""
@@ -85,19 +86,13 @@ def draw_rows(model, meta, ids, n, nfe, seed, **how):
     return write(model, tokens, given, nfe, seed, **how)
 
 
-def split_rows(rows, meta):
-    """Rows (B, L) -> per row (ids of the source, ids of the text up to its <eos>)."""
-    eos, _, sep, _ = meta['special'].values()
-    for row in rows.tolist():
-        start = row.index(sep) + 1 if meta['pairs'] else 0
-        end = row.index(eos, start) if meta['kind'] == 'rows' and eos in row[start:] else len(row)
-        yield row[:max(0, start - 1)], row[start:end]
-
-
-def to_texts(rows, meta, enc=None):
-    """Rows (B, L) -> list of (source, text)."""
-    enc = enc or encoding(meta['tokenizer'])
-    return [(enc.decode(source), enc.decode(text)) for source, text in split_rows(rows, meta)]
+def most_alike(pairs):
+    """Minimum Bayes risk: of (source, text) pairs the one whose words and word pairs most others
+    share."""
+    bags = [Counter(words) + Counter(zip(words, words[1:]))
+            for words in (text.split() for _, text in pairs)]
+    alike = [sum((a & b).total() / max(1, (a | b).total()) for b in bags) for a in bags]
+    return pairs[alike.index(max(alike))]
 
 
 # ---- Is it text? ----
@@ -134,15 +129,14 @@ def health(rows, meta, data=''):
 
 
 def health_line(rows, meta, data, nfe, seconds):
-    """The line that stands under every set of samples."""
     figures = ', '.join(f'{k} {v:.3f}' for k, v in health(rows, meta, data).items())
     return f'{len(rows)} rows: {figures}; nfe {nfe}, {1000 * seconds / len(rows):.2f} ms per row'
 
 
 def show_info(path, ckpt, model):
-    what = 'student (flow map)' if model.config.two_time else 'teacher'
+    who = 'student' if is_student(model.config) else 'teacher'
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{path}: {what}, {size:.2f}M parameters, iteration {ckpt["iter"]}')
+    print(f'{path}: {model.config.model} {who}, {size:.2f}M parameters, iteration {ckpt["iter"]}')
     ckpt['data'] = {**ckpt['meta'], 'tokenizer': ckpt['meta']['tokenizer']['name']}
     for name in ('config', 'options', 'teacher', 'data', 'versions'):
         print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt.get(name, {}).items()))
@@ -176,19 +170,20 @@ def animate(nfe, meta, enc):
 
 
 def check(o, meta, config):
-    for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('temperature', 0.01, 100),
-                            ('top_p', 0.001, 1), ('gamma', 0, 1)):
+    for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('mbr', 0, 10 ** 4),
+                            ('temperature', 0.01, 100), ('top_p', 0.001, 1), ('gamma', 0, 1)):
         if not low <= getattr(o, name) <= high:
             fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
-    if o.sampler not in (['euler'] if config.two_time else ['euler', 'bridge']):
-        fail(f'--sampler {o.sampler}: use euler, or with a teacher bridge')
+    samplers = ['ancestral', 'ddim'] if config.model == 'diffuseq' else ['euler', 'bridge']
+    if o.sampler and o.sampler not in samplers[:1 if config.two_time else 2]:
+        fail(f'--sampler {o.sampler}: use {samplers[0]}, or with a teacher {samplers[1]}')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')
 
 
 def main(o):
-    model, ckpt = load(o.checkpoint, pick_device(o.device), o.ema)
+    model, ckpt = load(o.checkpoint, pick_device(o.device))
     meta, data = ckpt['meta'], ckpt.get('teacher', ckpt['options'])['data']
     if o.info:
         return show_info(o.checkpoint, ckpt, model)
@@ -199,18 +194,23 @@ def main(o):
         if sys.stdin.isatty():
             fail('this model needs a source: --source "...", or lines on stdin')
         sources = list(filter(None, map(str.strip, sys.stdin))) or fail('no line on stdin')
-    n = max(o.n, 256) if o.compare else o.n                 # a health line needs many rows
+    n = max(o.n, 256) if o.compare else o.mbr or o.n        # a health line needs many rows
     known = zip(*(known_row(meta, enc, o, source) for source in sources))
     tokens, given = (torch.cat(x).repeat_interleave(n, dim=0) for x in known)       # (B, L)
     if o.compare:
-        teacher, other = load(o.compare, pick_device(o.device), o.ema)
-        if teacher.config.two_time or other['meta']['tokenizer'] != meta['tokenizer']:
+        teacher, other = load(o.compare, pick_device(o.device))
+        if is_student(teacher.config) or other['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
         return compare(model, teacher, meta, tokens, given, o, data)
-    how = dict(sampler=o.sampler, gamma=o.gamma, temperature=o.temperature, top_p=o.top_p)
-    how['watch'] = animate(o.nfe, meta, enc) if o.watch else None
+    how = dict(watch=animate(o.nfe, meta, enc) if o.watch else None)
+    how |= {'sampler': o.sampler} if o.sampler else {}
+    if model.config.model == 'flm':
+        how |= dict(gamma=o.gamma, temperature=o.temperature, top_p=o.top_p)
     rows, seconds = write(model, tokens, given, o.nfe, o.seed, **how)
-    for source, text in to_texts(rows, meta, enc):
+    texts = to_texts(rows, meta, enc)
+    if o.mbr:
+        texts = [most_alike(texts[i:i + n]) for i in range(0, len(texts), n)]
+    for source, text in texts:
         print(f'{source} -> {text}' if source else text)
     print(health_line(rows, meta, data, o.nfe, seconds), file=sys.stderr)
 

@@ -1,13 +1,15 @@
-"""Train a teacher: a flow that writes in 64 network calls, for distill.py to turn into one call.
+"""Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --iters 5000
+    python train_teacher.py --data data/dates --code 12 --axis 2 --iters 6000 --decay 0.9
+    python train_teacher.py --data data/dates --model diffuseq --iters 2500 --decay 0.9
     python train_teacher.py --data data/lm1b --preset small  # the paper's 12 x 768, for a GPU
 
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
 """
 import copy
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +27,8 @@ PRESETS = {
 @dataclass
 class Options:
     data: str = 'data/pydocs'   # folder made by prepare_data.py
-    out: str = ''               # folder for model.pt and log.jsonl; default out/<data>/teacher
+    out: str = ''               # folder to write to; default out/<data>[-diffuseq]/teacher
+    model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion)
     preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
     iters: int = 1400           # optimiser iterations
     batch: int = 64             # rows per iteration
@@ -38,9 +41,11 @@ class Options:
     layers: int = 4             # transformer blocks
     heads: int = 8              # attention heads
     width: int = 128            # D, channels of the residual stream
+    code: int = 0               # C, channels of the embedding table; 0: the width, diffuseq: 32
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
-    axis: str = 'reader'        # tau(t): reader (error of a reader of h) | paper | uniform
+    axis: str = 'reader'        # flm: tau(t): reader | paper | uniform | a number, see OneHotFlow
+    anchor: float = 0.1         # diffuseq: weight of the cross-entropy of the rounded prediction
     given: float = 0.1          # share of rows without source that get random given tokens
     eval_every: int = 500       # iterations between validations; each one saves
     resume: bool = False        # go on from <out>/model.pt
@@ -54,7 +59,7 @@ OPTIONS = parse(Options, presets=PRESETS) if __name__ == '__main__' else None   
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from model import (Config, OneHotFlow, autocast, generator, load, pick_device, save,  # noqa: E402
+from model import (Config, autocast, build, generator, load, pick_device, save,  # noqa: E402
                    write_whole)
 
 # -------------------------------------------------------------------------------------------------
@@ -167,10 +172,11 @@ def update(model, ema, opts, it, o):
         opt.param_groups[0]['lr'] = opt.param_groups[0]['peak'] * factor
         opt.step()
         opt.zero_grad(set_to_none=True)
-    # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
-    with torch.no_grad():
-        decay = min(o.ema, (1 + it) / (10 + it))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    if ema is not None:
+        # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
+        with torch.no_grad():
+            decay = min(o.ema, (1 + it) / (10 + it))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm
 
 
@@ -205,13 +211,19 @@ def clock(seconds):
 # -------------------------------------------------------------------------------------------------
 
 def main(o):
+    if o.model not in ('flm', 'diffuseq'):
+        fail(f'--model {o.model}: use flm or diffuseq')
+    if o.axis not in ('reader', 'paper', 'uniform') and not re.fullmatch(r'\d+(\.\d+)?', o.axis):
+        fail(f'--axis {o.axis}: use reader, paper, uniform or a number such as 2')
     device = pick_device(o.device)
     meta, train, val = load_data(o.data)
-    out = Path(o.out or f'out/{meta["name"]}/teacher')
+    name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
+    out = Path(o.out or f'out/{name}/teacher')
     torch.manual_seed(o.seed)
-    config = Config(vocab=meta['vocab'], length=meta['length'], layers=o.layers, heads=o.heads,
-                    width=o.width, dropout=o.dropout, gate=o.gate, axis=o.axis)
-    model = OneHotFlow(config).to(device)
+    model = build(Config(
+        vocab=meta['vocab'], length=meta['length'], model=o.model, layers=o.layers, heads=o.heads,
+        width=o.width, code=o.code or (32 if o.model == 'diffuseq' else 0), dropout=o.dropout,
+        gate=o.gate, axis=o.axis, anchor=o.anchor)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     start = 0
@@ -267,12 +279,14 @@ def validate(model, ids, meta, device, batches=4):
     return sum(losses) / batches
 
 
-def restore(out, model, ema, opts):
+def restore(out, model, ema, opts, **others):
     """Load <out>/model.pt into everything that trains; returns the iteration to go on from."""
     _, ckpt = load(out)
     try:
         model.load_state_dict(ckpt['model'])
         ema.load_state_dict(ckpt['ema'])
+        for name, other in others.items():
+            other.load_state_dict(ckpt[name])
         for opt, values in zip(opts, ckpt['optimisers'], strict=True):
             opt.load_state_dict(values)
     except (ValueError, RuntimeError):

@@ -33,7 +33,7 @@ class Options:
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
     score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
-    iters: int = 700            # optimiser iterations
+    iters: int = 600            # optimiser iterations
     batch: int = 64             # rows per iteration
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 2e-3            # peak learning rate of AdamW

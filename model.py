@@ -1,15 +1,15 @@
-"""One-step text generation: the transformer denoiser, the one-hot flow and its flow map.
+"""One-step text generation: the denoiser, the one-hot flow, the embedding diffusion.
 
 Conventions, used everywhere in this repository:
   t in [0, 1]    time, from noise (0) to data (1);     s <= u <= t for a flow map
   tau in [0, 1]  reparameterised time, what training and samplers are uniform in
-  B, L, V, D     batch, length, vocabulary, width;     shapes stand as comments: # (B, L, D)
+  B, L, V, D, C  batch, length, vocabulary, width, channels of the embedding; shapes: # (B, L, D)
   nfe            network calls of a sampler
   given          (B, L) bool, the positions that are known (source, prompt, infill) and never noised
 
 The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
 each of the L positions. The network's first layer is linear, so all it ever sees of x_t is
-h = x_t E, E (V x D) its embedding table. We keep h alone: noise is drawn directly as z F with
+h = x_t E, E (V x C) its embedding table. We keep h alone: noise is drawn directly as z F with
 F^T F = E^T E, a clean token is a row of E, and Euler steps, flow maps and bridges act on h as they
 do on x, for they are affine in x. So nothing of size (B, L, V) exists on the input side, and a
 one-hot flow is an embedding-space flow whose noise has covariance E^T E.
@@ -213,13 +213,14 @@ def dense_corrupt(onehot, eps, t, E):
 # FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
 
 class OneHotFlow(nn.Module):
-    """The flow of one-hot tokens, seen through E, on one of three time axes:
+    """The flow of one-hot tokens, seen through E, on one of these time axes:
 
     paper    tau rises as the error of argmax over x_t falls, arXiv:2602.16813
     reader   the same for who reads h = x_t E instead. Whitened by its noise covariance E^T E, a
-             token's signal has energy E_k (E^T E)^-1 E_k^T, and these sum to D over the V tokens:
-             only D/V of x_t's on average. So t/(1-t) shrinks by sqrt(D/V), where D < V.
+             token's signal has energy E_k (E^T E)^-1 E_k^T, and these sum to C over the V tokens:
+             only C/V of x_t's on average. So t/(1-t) shrinks by sqrt(C/V), where C < V.
     uniform  tau = t
+    number   a factor on t/(1-t) chosen by hand: above 1 where a row's tokens tell of each other
     """
 
     def __init__(self, c):
@@ -240,27 +241,27 @@ class OneHotFlow(nn.Module):
         return interpolate(t, self.ts, self.taus)
 
     def noise_factor(self):
-        """F (k, D) with F^T F = E^T E: z F has the law of eps E for z ~ N(0, I_k), k = min(V, D).
+        """F (k, C) with F^T F = E^T E: z F has the law of eps E for z ~ N(0, I_k), k = min(V, C).
 
-        One product of V D^2 and one D x D Cholesky per call; gradients reach E through it.
+        One product of V C^2 and one C x C Cholesky per call; gradients reach E through it.
         """
         E = self.net.embed.float()
         if E.shape[0] <= E.shape[1]:
             return E                                                        # nothing to save
-        gram = E.T @ E                                                          # (D, D)
+        gram = E.T @ E                                                          # (C, C)
         jitter = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
         return torch.linalg.cholesky(gram + jitter).T
 
     def noise(self, B, L, rng=None, factor=None):
-        """eps E, eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, D)."""
+        """eps E, eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C)."""
         factor = self.noise_factor() if factor is None else factor
         z = torch.randn(B, L, len(factor), generator=rng, device=factor.device)
         return z @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
-        """Noisy rows at tau (B,): tokens (B, L) -> h (B, L, D); given positions stay clean."""
+        """Noisy rows at tau (B,): tokens (B, L) -> h (B, L, C); given positions stay clean."""
         t = self.t_of(tau)[:, None, None]
-        clean = self.net.embed[tokens].float()                                  # (B, L, D)
+        clean = self.net.embed[tokens].float()                                  # (B, L, C)
         h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
         return torch.where(given[..., None], clean, h)
 
@@ -296,7 +297,7 @@ class OneHotFlow(nn.Module):
         """
         B, L = tokens.shape
         E, factor = self.net.embed.float(), self.noise_factor()
-        clean = E[tokens]                                                       # (B, L, D)
+        clean = E[tokens]                                                       # (B, L, C)
         h = torch.where(given[..., None], clean, self.noise(B, L, rng, factor))     # tau = 0
         grid = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):

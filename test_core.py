@@ -1,4 +1,4 @@
-"""Everything that can silently go wrong, on a CPU in about a minute, without data or network.
+"""Everything that can silently go wrong, on a CPU in two minutes, without data or network.
 
     make test        (or: pytest -q test_core.py)
 """

@@ -132,6 +132,11 @@ def pair_figures(texts, targets, per_source):
 
 # -------------------------------------------------------------------------------------------------
 
+def as_rows(ids, L):
+    """Flat ids of a .bin file -> its whole rows (n, L)."""
+    return torch.from_numpy(np.asarray(ids[:len(ids) // L * L], np.int64)).view(-1, L)
+
+
 def measure(model, meta, data, ids, o, nfe, seed, real, train):
     """All figures of one model at one nfe and seed: a dict."""
     how = {'sampler': o.sampler} if o.sampler else {}
@@ -139,9 +144,9 @@ def measure(model, meta, data, ids, o, nfe, seed, real, train):
         rows, seconds = draw_rows(model, meta, ids, o.rows, nfe, seed, **how)
         figures = {**health(rows, meta, data), **text_figures(rows, meta, real, train)}
     else:
-        L, rng = meta['length'], np.random.default_rng(seed)
-        known = np.asarray(ids, np.int64).reshape(-1, L)
-        known = torch.from_numpy(known[rng.choice(len(known), o.rows // o.per_source)])
+        # known targets, so not draw_rows: every source stands per_source times in a row
+        known = as_rows(ids, meta['length'])
+        known = known[np.random.default_rng(seed).choice(len(known), o.rows // o.per_source)]
         tokens = known.repeat_interleave(o.per_source, dim=0)                   # (rows, L)
         rows, seconds = write(model, tokens, source_mask(tokens, meta), nfe, seed, **how)
         figures = health(rows, meta, data)
@@ -154,10 +159,9 @@ def measure(model, meta, data, ids, o, nfe, seed, real, train):
 
 def references(ids, meta, data, real, train, seed=0):
     """The same figures for real text that was not compared with, and for a shuffled copy of it."""
-    L = meta['length']
-    rows = torch.from_numpy(np.asarray(ids[:len(ids) // L * L], np.int64)).view(-1, L)
-    shuffled = rows.clone()
-    rng = np.random.default_rng(seed)
+    rows = as_rows(ids, meta['length'])
+    shuffled, rng = rows.clone(), np.random.default_rng(seed)
+    # same tokens in every row, so whatever tells the two apart sees order, not just words
     for row, (_, text) in zip(shuffled, split_rows(rows, meta)):
         row[:len(text)] = torch.from_numpy(rng.permutation(text))
     return {name: {**health(r, meta, data), **text_figures(r, meta, real, train)}
@@ -194,11 +198,10 @@ def main(o):
             meta, train_ids, val = load_data(data)
             real, train = [], set()
             if not meta['pairs']:
+                # samples meet one half of the text; the other half shows what real text scores
                 L, half = meta['length'], len(val) // 2 // meta['length'] * meta['length']
-                cut = {k: torch.from_numpy(np.asarray(x[:len(x) // L * L], np.int64)).view(-1, L)
-                       for k, x in (('real', val[:half]), ('train', train_ids))}
-                real = [ids for _, ids in split_rows(cut['real'], meta)]
-                train = {tuple(ids) for _, ids in split_rows(cut['train'], meta)}
+                real = [ids for _, ids in split_rows(as_rows(val[:half], L), meta)]
+                train = {tuple(ids) for _, ids in split_rows(as_rows(train_ids, L), meta)}
                 lines += [(name, '', [figures]) for name, figures in
                           references(val[half:], meta, data, real, train).items()]
         for nfe in map(int, o.nfe):

@@ -372,7 +372,7 @@ class EmbeddingDiffusion(nn.Module):
         """Logits of the tokens that x (B, L, C) may stand for: (B, L, V)."""
         return x.float() @ self.net.embed.float().T + self.bias
 
-    def predict(self, x_t, given, t, _=None):
+    def predict(self, x_t, given, t):
         """The clean x (B, L, C) seen from x_t at time t (B,)."""
         return self.net(x_t, given, t)
 
@@ -536,8 +536,8 @@ def write_dataset(folder, train, val, spec, **about):
     write_whole(Path(folder) / 'meta.json', json.dumps(meta).encode())
 
 
-def load(path, device='cpu', ema=True):
-    """model.pt or its folder -> (model in eval mode, checkpoint dict), or one clear line."""
+def load(path, device='cpu'):
+    """model.pt or its folder -> (averaged model in eval mode, checkpoint dict), or one line."""
     path = Path(path) / 'model.pt' if Path(path).suffix != '.pt' else Path(path)
     if not path.is_file():
         fail(f'{path}: no such checkpoint; make one with train_teacher.py, then distill.py')
@@ -546,7 +546,7 @@ def load(path, device='cpu', ema=True):
         if ckpt['format'] > FORMAT:
             fail(f'{path}: its format {ckpt["format"]} is newer than this code (format {FORMAT})')
         model = build(Config(**ckpt['config']))
-        model.load_state_dict(ckpt['ema' if ema else 'model'])
+        model.load_state_dict(ckpt['ema'])
     except Exception as e:              # torch.load raises a dozen different types
         fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt

@@ -172,11 +172,10 @@ def update(model, ema, opts, it, o):
         opt.param_groups[0]['lr'] = opt.param_groups[0]['peak'] * factor
         opt.step()
         opt.zero_grad(set_to_none=True)
-    if ema is not None:
-        # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
-        with torch.no_grad():
-            decay = min(o.ema, (1 + it) / (10 + it))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
+    with torch.no_grad():
+        decay = min(o.ema, (1 + it) / (10 + it))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm
 
 

@@ -1,40 +1,56 @@
-"""How good are the samples, at how many network calls, at what cost?
+"""How good are the samples, at how many network calls, and how fast?
 
-    python bench.py out/dates/teacher out/dates/student --nfe 1 4 64
-    python bench.py out/pydocs/teacher out/pydocs/student --nfe 1 8 64 --rows 1000 --seeds 3
+    python bench.py quality out/dates/teacher out/dates/student --nfe 1 4 64
+    python bench.py quality out/pydocs/teacher out/pydocs/student --rows 1000 --seeds 3
+    python bench.py speed out/pydocs/teacher out/pydocs/student --nfe 1 64
+    python bench.py train --vocab 50257 --rows 64       # one training step, two formulations
 
-Prints a Markdown table, the mean over seeds and in brackets half the range, and writes the same
-figures as JSON to <out>. No language model scores another here: samples are compared with the
+Prints a Markdown table, of several seeds the mean and in brackets half the range, and writes the
+same figures as JSON to <out>. No language model scores another here: samples are compared with the
 validation text itself, beside that text's own other half and a copy of it with its tokens shuffled.
+Times are medians after warm-up, beside the least time that this machine's own measured rates allow.
 """
 import json
 import math
 import platform
+import re
 import statistics
+import timeit
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 
 from prepare_data import fail, parse
 
 
 @dataclass
 class Options:
-    checkpoints: tuple = ()     # folders or model.pt of the models to compare, all on the same data
+    what: tuple = ()            # quality CHECKPOINTS (of the same data) | speed CHECKPOINTS | train
     nfe: tuple = ('1', '4', '64')   # network calls
-    sampler: str = ''           # as for sample.py
-    rows: int = 500             # samples per model, nfe and seed
+    sampler: str = ''           # quality: as for sample.py
+    rows: int = 500             # quality: samples per model, nfe, seed; train: rows per iteration
     per_source: int = 1         # pairs: samples for each source; more than 1 adds self-BLEU, div-4
-    seeds: int = 1              # of rows and noise: 0, 1, ...
-    out: str = 'out/quality.json'   # the figures
+    seeds: int = 1              # quality: of rows and noise: 0, 1, ...
+    batch: tuple = ('1', '8', '64')     # speed: rows written at once
+    repeats: int = 20           # speed, train: runs to take the median of
+    vocab: int = 50257          # train: V of the network, which is made anew
+    length: int = 128           # train: L
+    layers: int = 4             # train: transformer blocks
+    width: int = 256            # train: D, and C
+    out: str = ''               # the figures; default out/<what>.json
     device: str = ''            # cpu, cuda or mps; default the best there is
+    compile: bool = True        # speed, train: torch.compile, on CUDA only
 
 
-OPTIONS = parse(Options, positional='checkpoints') if __name__ == '__main__' else None
+OPTIONS = parse(Options, positional='what') if __name__ == '__main__' else None
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
-from model import load, pick_device, split_rows, to_texts, write_whole  # noqa: E402
+from model import (Config, autocast, build, dense_corrupt, load, pick_device,  # noqa: E402
+                   split_rows, to_texts, write_whole)
 from sample import draw_rows, health, write  # noqa: E402
 from train_teacher import load_data, source_mask  # noqa: E402
 
@@ -168,32 +184,14 @@ def references(ids, meta, data, real, train, seed=0):
             for name, r in (('held-out text', rows), ('the same, shuffled', shuffled))}
 
 
-def table(lines):
-    """[(name, nfe, [figures, one per seed])] -> a Markdown table."""
-    names = list(dict.fromkeys(k for *_, runs in lines for k in runs[0]))
-    text = ['| | nfe | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 2) + '|']
-    for name, nfe, runs in lines:
-        cells = []
-        for key in names:
-            values = [run[key] for run in runs if key in run]
-            spread = (max(values) - min(values)) / 2 if len(values) > 1 else 0
-            cells.append('' if not values else f'{statistics.mean(values):.3g}'
-                         + (f' ({spread:.2g})' if spread else ''))
-        text.append(f'| {name} | {nfe} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(text)
-
-
-def main(o):
-    if not all(str(n).isdigit() and int(n) for n in o.nfe) or min(o.rows, o.seeds) < 1:
-        fail('--nfe takes whole numbers from 1, --rows and --seeds are 1 at least')
-    if not o.checkpoints or not 1 <= o.per_source <= o.rows:
-        fail('give CHECKPOINTS, and --per-source from 1 to --rows')
-    device, lines, meta = pick_device(o.device), [], None
-    for path in o.checkpoints:
+def quality(o, paths, device):
+    """The figures of every model, nfe and seed, after those of real text: lines of a table."""
+    lines, meta = [], None
+    for path in paths:
         model, ckpt = load(path, device)
         data = ckpt.get('teacher', ckpt['options'])['data']
         if meta and ckpt['meta']['tokenizer'] != meta['tokenizer']:
-            fail(f'{path}: has another tokenizer than {o.checkpoints[0]}; compare like with like')
+            fail(f'{path}: has another tokenizer than {paths[0]}; compare like with like')
         if not meta:
             meta, train_ids, val = load_data(data)
             real, train = [], set()
@@ -209,13 +207,143 @@ def main(o):
                     for seed in range(o.seeds)]
             lines.append((path, nfe, runs))
             print(f'{path}, nfe {nfe}: done', flush=True)
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------
+# Speed. Work is timed on the device itself, after warm-up; compilation is part of the warm-up
+
+def median_time(work, device, repeats):
+    """Median seconds of work()."""
+    times = []
+    for i in range(3 + repeats):
+        if device.type == 'cuda':
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(), work(), end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)                        # from ms
+        else:
+            times.append(timeit.timeit(work, number=1))
+    return statistics.median(times[3:])
+
+
+def machine_rates(device):
+    """What the machine reaches: FLOP/s of a large product, bytes/s read or written by a copy."""
+    n, size = (8192, 2 ** 28) if device.type == 'cuda' else (1024, 2 ** 26)     # size in floats
+    bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    x, y = torch.empty(2, size, device=device)
+    return (2 * n ** 3 / median_time(lambda: a @ a, device, 10),
+            2 * x.nbytes / median_time(lambda: y.copy_(x), device, 5))          # read and written
+
+
+def call_floor(model, rows, flops, bandwidth):
+    """The least seconds of one network call: its weights must be read, its products computed."""
+    c = model.config
+    weights = {name: p for name, p in model.net.named_parameters() if name != 'embed'}
+    # what meets every token; the time and what it modulates are computed once a row
+    each = sum(p.numel() for name, p in weights.items() if not re.search('position|time|ada', name))
+    work = 2 * each * c.length + 4 * c.layers * c.length ** 2 * c.width         # per row
+    return max(sum(p.nbytes for p in weights.values()) / bandwidth, rows * work / flops)
+
+
+def speed(o, paths, device):
+    """Time to write `batch` rows in `nfe` calls, nothing given: lines of a table."""
+    (flops, bandwidth), lines = machine_rates(device), []
+    print(f'large products {flops / 1e9:,.0f} GFLOP/s, copies {bandwidth / 1e9:,.1f} GB/s')
+    for path in paths:
+        model, _ = load(path, device)
+        if o.compile and device.type == 'cuda':
+            model.net.compile()
+        for nfe in map(int, o.nfe):
+            for rows in map(int, o.batch):
+                tokens = torch.zeros(rows, model.config.length, dtype=torch.long, device=device)
+                work = partial(model.sample, tokens, tokens > 0, nfe)
+                with autocast(device):
+                    took = median_time(work, device, o.repeats)
+                floor = nfe * call_floor(model, rows, flops, bandwidth)
+                lines.append((path, nfe, [{
+                    'batch': rows, 'ms': 1000 * took, 'rows_per_s': rows / took,
+                    'floor_ms': 1000 * floor, 'times_floor': took / floor}]))
+            print(f'{path}, nfe {nfe}: done', flush=True)
+    return lines
+
+
+def dense_loss(model, tokens, given, tau):
+    """The loss as published code computes it: one-hot rows, V normals per token, all (B, L, V)."""
+    onehot = F.one_hot(tokens, model.config.vocab).float()                      # (B, L, V)
+    t = model.t_of(tau)[:, None, None]
+    h = dense_corrupt(onehot, torch.randn_like(onehot), t, model.net.embed.float())
+    return -(onehot * model.predict(h, given, tau).log_softmax(-1)).sum(-1).mean(1)
+
+
+def training_step(o, how, name):
+    """Forward and backward of one formulation: its time, tokens/s and peak memory, a dict."""
+    device = torch.device(name)
+    model = build(Config(o.vocab, o.length, layers=o.layers, width=o.width)).to(device)
+    if o.compile and device.type == 'cuda':
+        model.net.compile()
+    tokens = torch.randint(o.vocab, (o.rows, o.length), device=device)
+    given, tau = torch.zeros_like(tokens, dtype=torch.bool), torch.rand(o.rows, device=device)
+
+    def work():
+        with autocast(device):
+            losses = model.loss if how == 'projected' else partial(dense_loss, model)
+            losses(tokens, given, tau).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    def peak():         # so far, in bytes
+        from resource import RUSAGE_SELF, getrusage
+        return (torch.cuda.max_memory_allocated() if device.type == 'cuda' else
+                1024 * getrusage(RUSAGE_SELF).ru_maxrss)
+    before = peak()
+    took = median_time(work, device, o.repeats)
+    return {'rows': o.rows, 'ms': 1000 * took, 'tokens_per_s': tokens.numel() / took,
+            'peak_GB': (peak() - before) / 1e9}
+
+
+def train_speed(o, _, device):
+    """Both formulations of a training step, each in a process of its own for its peak memory."""
+    with get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
+        return [(how, '', [pool.apply(training_step, (o, how, device.type))])
+                for how in ('dense', 'projected')]
+
+
+def table(lines):
+    """[(name, nfe, [figures, one per seed])] -> a Markdown table."""
+    names = list(dict.fromkeys(k for *_, runs in lines for k in runs[0]))
+    text = ['| | nfe | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 2) + '|']
+    for name, nfe, runs in lines:
+        cells = []
+        for key in names:
+            values = [run[key] for run in runs if key in run]
+            spread = (max(values) - min(values)) / 2 if len(values) > 1 else 0
+            mean = statistics.mean(values or [0])
+            cells.append('' if not values else f'{mean:{",.0f" if mean >= 1000 else ".3g"}}'
+                         + (f' ({spread:.2g})' if spread else ''))
+        text.append(f'| {name} | {nfe} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(text)
+
+
+def main(o):
+    what, *paths = o.what or ('',)
+    numbers = (*o.nfe, *o.batch, o.rows, o.seeds, o.repeats, o.length, o.layers)
+    if not all(str(n).isdigit() and int(n) for n in numbers):
+        fail('--nfe, --batch, --rows, --seeds, --repeats, --length, --layers: whole numbers from 1')
+    if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
+        fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
+    if not 1 <= o.per_source <= o.rows or o.vocab < 8 or o.width % 8:
+        fail('--per-source from 1 to --rows, --vocab from 8, --width a multiple of 8')
+    device = pick_device(o.device)
+    lines = {'quality': quality, 'speed': speed, 'train': train_speed}[what](o, paths, device)
     print('\n' + table(lines))
-    about = {'device': str(device), 'cpu': platform.processor() or platform.machine(),
-             'torch': torch.__version__, 'rows': o.rows, 'per_source': o.per_source}
-    report = {**about, 'runs': [dict(model=str(name), nfe=nfe, seeds=runs)
-                                for name, nfe, runs in lines]}
-    write_whole(o.out, json.dumps(report, indent=1).encode())
-    print(f'\nwrote {o.out}')
+    about = {'device': torch.cuda.get_device_name() if device.type == 'cuda' else str(device),
+             'cpu': platform.processor() or platform.machine(), 'torch': torch.__version__,
+             'threads': torch.get_num_threads(), 'options': asdict(o)}
+    about['runs'] = [dict(model=str(name), nfe=nfe, seeds=runs) for name, nfe, runs in lines]
+    out = o.out or f'out/{what}.json'
+    write_whole(out, json.dumps(about, indent=1).encode())
+    print(f'\nwrote {out}')
 
 
 if __name__ == '__main__':

@@ -27,6 +27,7 @@ class Options:
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
+    sharpen: float = 3.0        # flow: factor on the logits of their targets; 1 leaves them alone
     teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
@@ -78,13 +79,14 @@ def time_pairs(B, o, rng, device):
 
 
 @torch.no_grad()
-def flow_map_target(student, teacher, h, given, s, t, method, leg):
+def flow_map_target(student, teacher, h, given, s, t, method, leg, sharpen=1.0):
     """What delta_{s,t}(h) should be, from two shorter legs s -> u -> t: (B, L, V), rows sum to 1.
 
     semigroup   u in the middle, both legs by the student
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
     One formula for the three (Eq. of semigroup_weight), no derivative, and always in the simplex.
+    `sharpen` > 1 scales the last leg's logits.
     """
     share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
     u = s + share * (t - s)
@@ -93,7 +95,7 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     h_u = student.jump(h, first, given, s, u)
     last = teacher(h_u, given, u) if method == 'lagrangian' else student.predict(h_u, given, u, t)
     g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
-    return g * first + (1 - g) * last.softmax(-1)
+    return g * first + (1 - g) * (sharpen * last).softmax(-1)
 
 
 def flow_map(student, teacher, o, device):
@@ -106,9 +108,12 @@ def flow_map(student, teacher, o, device):
     def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(o.batch, o, rng, device)
         h = student.corrupt(tokens, given, s, rng)
-        # one call learns from two, which are better than nine tenths of its own jump and a leg
-        target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
-                  for a, b, method in ((n, edge, 'semigroup'), (edge, len(h), o.method)) if b > a]
+        # one call learns from two, which are better than nine tenths of its own jump and a leg. A
+        # noise flows to one text: a target torn between two says only that two calls are unsure,
+        # and whoever copies that at each position by itself writes a mixture. So it is sharpened
+        target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], *how)
+                  for a, b, *how in ((n, edge, 'semigroup', o.leg, o.sharpen),
+                                     (edge, len(h), o.method, o.leg)) if b > a]
         if o.teacher_diagonal:
             with torch.no_grad():
                 diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)

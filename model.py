@@ -496,12 +496,16 @@ def encode(enc, spec, text):
 
 
 def split_rows(rows, meta):
-    """Rows (B, L) -> per row (ids of the source, ids of the text up to its <eos>)."""
-    eos, _, sep, _ = meta['special'].values()
+    """Rows (B, L) -> per row (ids of the source, ids of the text up to its <eos> or a <pad>)."""
+    eos, pad, sep, _ = meta['special'].values()
     for row in rows.tolist():
-        start = row.index(sep) + 1 if meta['pairs'] else 0
-        end = row.index(eos, start) if meta['kind'] == 'rows' and eos in row[start:] else len(row)
-        yield row[:max(0, start - 1)], row[start:end]
+        source = row[:row.index(sep)] if meta['pairs'] else []
+        at = len(source) + 1 if meta['pairs'] else 0
+        while meta['pairs'] and at < len(row) and row[at] == pad:
+            at += 1
+        text = row[at:]
+        ends = [text.index(x) for x in (eos, pad) if x in text and meta['kind'] == 'rows']
+        yield source, text[:min(ends, default=None)]
 
 
 def to_texts(rows, meta, enc=None):

@@ -6,7 +6,7 @@
     python prepare_data.py mine --input a.txt b.txt.gz --tokenizer gpt2 --length 128
 
 The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the complete tokenizer and
-    kind: rows    row after row of exactly `length` ids: [source <sep>] text <eos> <pad> ...
+    kind: rows    of `length` ids: text <eos> <pad> ..., of pairs source <sep> <pad> ... text <eos>
     kind: stream  documents one after the other, each ended by <eos>; any window of it is a row
 """
 import argparse
@@ -129,8 +129,7 @@ def make_tokenizer(how, texts):
 
 # ---- dates: the exact yardstick. One source, eight right answers, all samples checkable ----
 
-# names keep the spaces around them: a date is at most eleven tokens, and V is 49
-DATE_TOKENS = r' [A-Z][a-z]{2} |[A-Z][a-z]{2,} |the | of |, |st|nd|rd|th|[-./ ]|\d'
+DATE_TOKENS = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
 
 
 def date_forms(iso):
@@ -142,7 +141,7 @@ def date_forms(iso):
     month, short = calendar.month_name[m], calendar.month_abbr[m]
     nth = str(d) + ('th' if 10 <= d <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th'))
     return (f'{month} {d}, {y}', f'the {nth} of {month} {y}', f'{d} {short} {y}', f'{m}/{d}/{y}',
-            f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{y} {month} {d}', f'{y}/{m}/{d}')
+            f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d} {month} {y}', f'{short} {d}, {y}')
 
 
 def dates():
@@ -220,16 +219,18 @@ def from_files(paths):
 # ---- Writing ----
 
 def pack_rows(enc, items, length):
-    """Documents -> flat ids of rows `[source <sep>] text <eos> <pad>...`, and the rows' length."""
+    """Documents -> flat ids of rows, laid out as described above, and the rows' length."""
     import numpy as np
     eos, pad, sep = (enc._special_tokens[s] for s in SPECIAL[:3])
     rows = []
     for item in items:
         source, text = item if isinstance(item, tuple) else (None, item)
         given = [] if source is None else enc.encode_ordinary(source) + [sep]
-        rows.append(given + enc.encode_ordinary(text) + [eos])
-    length = length or max(map(len, rows))          # 0: the longest row
-    kept = [row + [pad] * (length - len(row)) for row in rows if len(row) <= length]
+        rows.append((given, enc.encode_ordinary(text) + [eos]))
+    length = length or max(len(given) + len(text) for given, text in rows)      # 0: the longest
+    # the texts of pairs end alike, whatever the length of their source
+    kept = [given + [pad] * (length - n) + text if given else text + [pad] * (length - n)
+            for given, text in rows if (n := len(given) + len(text)) <= length]
     return np.array(kept, dtype='<u2').reshape(-1), length
 
 
@@ -253,7 +254,7 @@ def main(o):
                          'prepare_data.py shakespeare --input input.txt',
                          split='train+validation+test', revision='refs/convert/parquet')['text']
     else:
-        fail(f'unknown dataset {o.name!r}: use pydocs, dates or shakespeare, or your own files: '
+        fail(f'unknown dataset {o.name!r}: use pydocs, dates, shakespeare, or your own: '
              f'python prepare_data.py {o.name} --input FILES')
     if not len(items):
         fail(f'{source}: holds no text')

@@ -87,8 +87,7 @@ def draw_rows(model, meta, ids, n, nfe, seed, **how):
 
 
 def most_alike(pairs):
-    """Minimum Bayes risk: of (source, text) pairs the one whose words and word pairs most others
-    share."""
+    """Minimum Bayes risk: the (source, text) whose words and word pairs most others share."""
     bags = [Counter(words) + Counter(zip(words, words[1:]))
             for words in (text.split() for _, text in pairs)]
     alike = [sum((a & b).total() / max(1, (a | b).total()) for b in bags) for a in bags]
@@ -177,6 +176,8 @@ def check(o, meta, config):
     samplers = ['ancestral', 'ddim'] if config.model == 'diffuseq' else ['euler', 'bridge']
     if o.sampler and o.sampler not in samplers[:1 if config.two_time else 2]:
         fail(f'--sampler {o.sampler}: use {samplers[0]}, or with a teacher {samplers[1]}')
+    if config.model == 'diffuseq' and (o.gamma, o.temperature, o.top_p) != (0, 1, 1):
+        fail('--gamma, --temperature and --top-p are for flows; this model has --sampler alone')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')

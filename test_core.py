@@ -290,8 +290,8 @@ def dozen(tmp_path_factory):
     days = ['1987-03-23', '2001-12-04', '1912-08-30', '2076-10-15', '1944-06-11', '2033-01-27']
     pairs = [(day, prepare_data.date_forms(day)[form]) for day in days for form in (1, 6)]
     spec = date_spec()
-    rows, _ = prepare_data.pack_rows(encoding(spec), pairs, 22)
-    write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True, length=22,
+    rows, _ = prepare_data.pack_rows(encoding(spec), pairs, 23)
+    write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True, length=23,
                   source='test', left_out=0)
     o = dict(device='cpu', batch=64, eval_every=10 ** 6)
     train_teacher.main(train_teacher.Options(data=str(folder / 'data'), out=str(folder / 'teacher'),
@@ -407,7 +407,7 @@ def test_bad_input_is_one_line_and_exit_2(dozen, tmp_path):
         ('train_teacher.py', '--iters', 'many'), ('train_teacher.py', '--device', 'abacus'),
         ('train_teacher.py', '--model', 'magic'), ('train_teacher.py', '--axis', 'magic'),
         ('distill.py', tmp_path / 'missing'), ('distill.py', student), ('bench.py',),
-        ('distill.py', teacher, '--method', 'magic'), ('bench.py', teacher, '--nfe', 'x'),
+        ('distill.py', teacher, '--method', 'magic'), ('bench.py', 'train', '--nfe', 'x'),
         ('sample.py', tmp_path / 'missing'), ('sample.py', tmp_path / 'broken.pt'),
         ('sample.py', student, *source, '--nfe', 0), ('sample.py', student, '--source', '1987~'),
         ('sample.py', student, '--source', '1987-03-23' * 9), ('sample.py', student, '--prompt', 1),

@@ -1,7 +1,7 @@
 """Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/teacher --method lagrangian --iters 6000 --decay 0.9
+    python distill.py out/dates/teacher --method lagrangian --iters 4500 --decay 0.9
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
@@ -27,7 +27,7 @@ class Options:
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
-    sharpen: float = 3.0        # flow: factor on the logits of their targets; 1 leaves them alone
+    sharpen: float = 1.0        # flow: factor on the logits of their targets at the end of the run
     teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
@@ -35,7 +35,8 @@ class Options:
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
     score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
     iters: int = 600            # optimiser iterations
-    batch: int = 64             # rows per iteration
+    batch: int = 64             # rows per iteration, of all processes together
+    parts: int = 0              # it is computed in so many parts; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 2e-3            # peak learning rate of AdamW
     muon_lr: float = 0.01       # peak learning rate of Muon
@@ -57,8 +58,8 @@ import torch.nn.functional as F  # noqa: E402
 from model import (autocast, build, generator, is_student, load, pick_device,  # noqa: E402
                    row_cross_entropy, row_mean, save, semigroup_weight)
 from sample import draw_rows, health  # noqa: E402
-from train_teacher import (Log, get_batch, load_data, optimisers, restore, state,  # noqa: E402
-                           update)
+from train_teacher import (Log, add_up, get_batch, join, load_data, optimisers,  # noqa: E402
+                           restore, state, update)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -99,20 +100,22 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg, sharpen=1.0):
 
 
 def flow_map(student, teacher, o, device):
-    """The student's loss of one iteration, as a function of tokens, given and generator."""
+    """The student's loss of one iteration: a function of tokens, given, generator, share done."""
     if o.teacher_diagonal:
         D = teacher.predict
     else:       # self-distillation: the student's own diagonal is the denoiser
         def D(h, given, tau): return student.predict(h, given, tau, tau)
 
-    def losses(tokens, given, rng):
-        s, t, n, edge = time_pairs(o.batch, o, rng, device)
+    def losses(tokens, given, rng, done):
+        s, t, n, edge = time_pairs(len(tokens), o, rng, device)
         h = student.corrupt(tokens, given, s, rng)
         # one call learns from two, which are better than nine tenths of its own jump and a leg. A
         # noise flows to one text: a target torn between two says only that two calls are unsure,
-        # and whoever copies that at each position by itself writes a mixture. So it is sharpened
+        # and whoever copies that at each position by itself writes a mixture. It may be sharpened
+        # (from the middle of the run on), at the price of whatever the noise decides but faintly
+        sharpen = 1 + (o.sharpen - 1) * max(0, 2 * done - 1)
         target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], *how)
-                  for a, b, *how in ((n, edge, 'semigroup', o.leg, o.sharpen),
+                  for a, b, *how in ((n, edge, 'semigroup', o.leg, sharpen),
                                      (edge, len(h), o.method, o.leg)) if b > a]
         if o.teacher_diagonal:
             with torch.no_grad():
@@ -171,7 +174,7 @@ class Fake(torch.nn.Module):
 def score_distillation(student, teacher, fake, fake_opt, o, device):
     """The student's loss of one iteration, as a function; it first lets the fake catch up."""
 
-    def losses(tokens, given, rng):
+    def losses(tokens, given, rng, done):
         B = len(tokens)
         for _ in range(o.fake_ratio):
             with torch.no_grad():
@@ -184,7 +187,8 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
                 _, logit_real = fake(student.corrupt(real, clean, given, t, rng), given, t)
                 loss = loss + (F.softplus(-logit_real) + F.softplus(logit)).mean()
             fake_opt.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss / o.parts).backward()
+            add_up([p.grad for p in fake.parameters() if p.grad is not None])
             fake_opt.step()
 
         x, clean = student.generate(tokens, given, rng)
@@ -209,6 +213,7 @@ def main(o):
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
+    rank, world = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config):
@@ -236,6 +241,8 @@ def main(o):
     else:
         student.bias.requires_grad_(False)
         fake = others['fake'] = Fake(teacher).to(device)
+        if o.parts != world:
+            fail('--parts: score distillation takes as many as there are processes; leave it out')
         opts = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=o.score_lr,
                                  betas=(0.0, 0.999)) for m in (student, fake)]
         for opt in opts:
@@ -247,7 +254,7 @@ def main(o):
     if o.compile and device.type == 'cuda':
         student.net.compile(), teacher.net.compile()
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out, o, start)
+    log = Log(out, o, start, rank)
 
     sums, best = Counter(), 0.0
     for it in range(start, o.iters + 1):
@@ -265,21 +272,26 @@ def main(o):
                        * one.get('form_entropy', one.get('unique')))
             if flow or quality >= best:
                 best = quality
-                save(out / 'model.pt', student, ema, teacher=ckpt['options'],
-                     **{name: m.state_dict() for name, m in others.items()},
-                     **state(opts, it, meta, o))
+                if rank == 0:
+                    save(out / 'model.pt', student, ema, teacher=ckpt['options'],
+                         **{name: m.state_dict() for name, m in others.items()},
+                         **state(opts, it, meta, o))
             elif quality < best / 2:
                 fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
                      '--score-lr or raise --fake-ratio')
         if last:
             break
-        cpu, rng = generator('cpu', o.seed, it, 0), generator(device, o.seed, it, 1)
-        tokens, given, _ = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
-        with autocast(device):
-            loss, seen = losses(tokens, given, rng)
-        loss.backward(inputs=trained)       # not into the fake denoiser, whose own turn is past
-        norm = update(student, ema, opts[:1] if others else opts, it, o)
-        sums.update({**seen, 'norm': norm})
+        cpu = generator('cpu', o.seed, it, 0)
+        batch = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
+        for part in range(rank, o.parts, world):
+            tokens, given, _ = (x.chunk(o.parts)[part] for x in batch)
+            with autocast(device):
+                loss, seen = losses(tokens, given, generator(device, o.seed, it, 1 + part),
+                                    it / o.iters)
+            # not into the fake denoiser, whose own turn is past
+            (loss / o.parts).backward(inputs=trained)
+            sums.update({name: x * world / o.parts for name, x in seen.items()})
+        sums.update(norm=update(student, ema, opts[:1] if others else opts, it, o))
         if (it + 1) % 100 == 0:
             means = {name: x.item() / 100 for name, x in sums.items()}
             if not all(map(math.isfinite, means.values())):

@@ -1,15 +1,18 @@
 """Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --code 12 --axis 2 --iters 6000 --decay 0.9
+    python train_teacher.py --data data/dates --code 8 --axis 2 --iters 5500 --decay 0.9
     python train_teacher.py --data data/dates --model diffuseq --iters 2500 --decay 0.9
-    python train_teacher.py --data data/lm1b --preset small  # the paper's 12 x 768, for a GPU
+    torchrun --standalone --nproc_per_node=8 train_teacher.py --preset small    # 12 x 768, on GPUs
 
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
 """
+import atexit
 import copy
 import json
+import os
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +34,8 @@ class Options:
     model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion)
     preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
     iters: int = 1400           # optimiser iterations
-    batch: int = 64             # rows per iteration
+    batch: int = 64             # rows per iteration, of all processes together
+    parts: int = 0              # it is computed in so many parts; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 3e-3            # peak learning rate of AdamW
     muon_lr: float = 0.02       # peak learning rate of Muon
@@ -58,6 +62,7 @@ OPTIONS = parse(Options, presets=PRESETS) if __name__ == '__main__' else None   
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from model import (Config, autocast, build, generator, load, pick_device, save,  # noqa: E402
                    write_whole)
@@ -111,53 +116,49 @@ def source_mask(tokens, meta):
     return sep.cumsum(1) - sep.long() == 0
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are made orthogonal (Newton-Schulz), K. Jordan 2024.
+def join(o):
+    """This process's rank and the number of processes: torchrun's, else 0 and 1.
 
-    On small networks it needs far fewer iterations than AdamW. Matrices of one shape are stacked,
-    so that a whole network costs a handful of batched products.
+    Noise belongs to a part of the batch: one process with n parts trains as n processes do.
     """
-
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
-                momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p))
-                           for p in params]
-                grads = [p.grad for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-                # Nesterov's look-ahead, then all singular values to about 1
-                update = torch.stack(torch._foreach_lerp(grads, momenta, group['momentum']))
-                update = orthogonal(update) * max(1, update.shape[1] / update.shape[2]) ** 0.5
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group['lr'])
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    o.parts = o.parts or world
+    if o.parts % world or o.batch % o.parts:
+        fail(f'--batch {o.batch}: a multiple of --parts {o.parts}, and that of {world} processes')
+    if world > 1:
+        dist.init_process_group()       # gloo for tensors on CPUs, nccl on GPUs
+        atexit.register(dist.destroy_process_group)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    if rank:
+        sys.stdout = open(os.devnull, 'w')          # the first process speaks for all
+    return rank, world
 
 
-def orthogonal(g):
-    """Nearest semi-orthogonal matrices, roughly: all singular values of g (n, a, b) to about 1."""
-    wide = g.shape[1] <= g.shape[2]
-    x = g if wide else g.transpose(1, 2)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):          # a quintic whose iteration pushes singular values to [0.7, 1.2]
-        a = x @ x.transpose(1, 2)
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.transpose(1, 2)
+def add_up(tensors):
+    """Each tensor becomes its sum over all processes; one message."""
+    if dist.is_initialized():
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x))
 
 
 def optimisers(model, o):
-    """Muon for the matrices inside the blocks, AdamW for everything else that trains."""
-    params = dict((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    matrices = [p for n, p in params.items() if o.optimiser == 'muon' and p.ndim == 2
-                and 'blocks' in n and '.ada.' not in n]
-    rest = [p for p in params.values() if not any(p is q for q in matrices)]
-    made = [torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    if matrices:
-        made.append(Muon(matrices, lr=o.muon_lr))
+    """Muon (K. Jordan 2024) for the matrices inside the blocks, AdamW for all else that trains."""
+    if o.optimiser not in ('muon', 'adamw'):
+        fail(f'--optimiser {o.optimiser}: use muon or adamw')
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = [name for name, p in params.items() if o.optimiser == 'muon' and p.ndim == 2
+              and 'blocks' in name and '.ada.' not in name]
+    # orthogonal updates of those matrices: a small network needs far fewer iterations
+    made = [torch.optim.AdamW([p for name, p in params.items() if name not in inside], lr=o.lr,
+                              betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    if inside:
+        if not hasattr(torch.optim, 'Muon'):
+            fail(f'torch {torch.__version__} has no Muon yet (2.9 has); use --optimiser adamw')
+        made.append(torch.optim.Muon([params[name] for name in inside], lr=o.muon_lr,
+                                     weight_decay=0.0))
     for opt in made:
         opt.param_groups[0]['peak'] = opt.param_groups[0]['lr']
     return made
@@ -167,6 +168,7 @@ def update(model, ema, opts, it, o):
     """One optimiser iteration from the gradients at hand, then the average; returns their norm."""
     # linear warm-up, flat, then a linear fall to 0 over the last `decay` share of the run
     factor = min(1, (it + 1) / o.warmup, (o.iters - it) / (o.decay * o.iters) if o.decay else 1)
+    add_up([p.grad for p in model.parameters() if p.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for opt in opts:
         opt.param_groups[0]['lr'] = opt.param_groups[0]['peak'] * factor
@@ -186,11 +188,12 @@ def state(opts, it, meta, o):
 
 
 class Log:
-    """One progress line with ETA on the terminal, the same record in log.jsonl."""
+    """One progress line with ETA on the terminal, the same record in log.jsonl; by rank 0."""
 
-    def __init__(self, out, o, start=0):
-        self.file, self.o, self.start, self.began = Path(out) / 'log.jsonl', o, start, time.time()
-        if start == 0:
+    def __init__(self, out, o, start=0, rank=0):
+        self.file = Path(out) / 'log.jsonl' if rank == 0 else Path(os.devnull)
+        self.o, self.start, self.began = o, start, time.time()
+        if start == 0 and rank == 0:
             write_whole(self.file, b'')
 
     def __call__(self, it, **values):
@@ -214,6 +217,7 @@ def main(o):
         fail(f'--model {o.model}: use flm or diffuseq')
     if o.axis not in ('reader', 'paper', 'uniform') and not re.fullmatch(r'\d+(\.\d+)?', o.axis):
         fail(f'--axis {o.axis}: use reader, paper, uniform or a number such as 2')
+    rank, world = join(o)
     device = pick_device(o.device)
     meta, train, val = load_data(o.data)
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
@@ -225,45 +229,44 @@ def main(o):
         gate=o.gate, axis=o.axis, anchor=o.anchor)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
-    start = 0
-    if o.resume:
-        start = restore(out, model, ema, opts)
+    start = restore(out, model, ema, opts) if o.resume else 0
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out, o, start)
+    log = Log(out, o, start, rank)
     size = sum(p.numel() for p in model.parameters())
-    print(f'{size / 1e6:.2f}M parameters on {device}, {o.batch * meta["length"]:,} tokens per '
-          f'iteration, {len(train):,} in {o.data}')
+    print(f'{size / 1e6:.2f}M parameters on {world} x {device}, {o.batch * meta["length"]:,} '
+          f'tokens per iteration, {len(train):,} in {o.data}')
 
-    bins, counts = torch.zeros(8, device=device), torch.zeros(8, device=device)
+    bins, counts = torch.zeros(2, 8, device=device)
     for it in range(start, o.iters + 1):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
             log(it, val=validate(ema, val, meta, device))
-            save(out / 'model.pt', model, ema, **state(opts, it, meta, o))
+            if rank == 0:
+                save(out / 'model.pt', model, ema, **state(opts, it, meta, o))
         if last:
             break
-        cpu, rng = generator('cpu', o.seed, it, 0), generator(device, o.seed, it, 1)
-        tokens, given, tau = get_batch(train, meta, o.batch, o.given, cpu, device)
-        with autocast(device):
-            losses = model.loss(tokens, given, tau, rng)                        # (B,)
-        losses.mean().backward()
+        batch = get_batch(train, meta, o.batch, o.given, generator('cpu', o.seed, it, 0), device)
+        for part in range(rank, o.parts, world):
+            tokens, given, tau = (x.chunk(o.parts)[part] for x in batch)
+            with autocast(device):
+                losses = model.loss(tokens, given, tau, generator(device, o.seed, it, 1 + part))
+            (losses.sum() / o.batch).backward()
+            # loss by tau, noise to data: where the teacher is still learning
+            at = (tau * 8).long()
+            bins.index_add_(0, at, losses.detach())
+            counts.index_add_(0, at, torch.ones_like(losses))
         norm = update(model, ema, opts, it, o)
-
-        # loss by tau, noise to data: where the teacher is still learning
-        at = (tau * 8).long()
-        bins.index_add_(0, at, losses.detach())
-        counts.index_add_(0, at, torch.ones_like(losses))
         if (it + 1) % 100 == 0:
+            add_up([bins, counts])
             loss = (bins.sum() / counts.sum()).item()
             if not np.isfinite(loss):
                 fail(f'loss {loss} at iteration {it + 1}; lower --lr and --muon-lr, --resume')
             log(it + 1, loss=loss, norm=norm.item(),
                 bins=[round(x, 3) for x in (bins / counts).tolist()])
             bins.zero_(), counts.zero_()
-    print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(f'next: python distill.py {out}')
+    print(f'wrote {out}/model.pt and {out}/log.jsonl\nnext: python distill.py {out}')
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/teacher --method lagrangian --iters 4500 --decay 0.9
+    python distill.py out/dates/teacher --method lagrangian --iters 4500 --lr 2e-3 --muon-lr 0.01
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
@@ -34,12 +34,12 @@ class Options:
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
     score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
-    iters: int = 600            # optimiser iterations
+    iters: int = 500            # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
     parts: int = 0              # it is computed in so many parts; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
-    lr: float = 2e-3            # peak learning rate of AdamW
-    muon_lr: float = 0.01       # peak learning rate of Muon
+    lr: float = 6e-4            # peak learning rate of AdamW
+    muon_lr: float = 0.003      # peak learning rate of Muon
     warmup: int = 50            # iterations of linear warm-up
     decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
     ema: float = 0.999          # decay of the averaged weights, which samples are drawn with

@@ -1,4 +1,4 @@
-"""Everything that can silently go wrong, on a CPU in two minutes, without data or network.
+"""Everything that can silently go wrong, on a CPU in three minutes, without data or network.
 
     make test        (or: pytest -q test_core.py)
 """
@@ -220,7 +220,7 @@ def test_one_step_generator_reaches_all_modes_of_an_exact_mixture():
     opt, fake_opt = (torch.optim.Adam(m.parameters(), lr=2e-3, betas=(0., .999))
                      for m in (student, fake))
     losses = distill.score_distillation(student, ExactMixture(), fake, fake_opt,
-                                        distill.Options(), torch.device('cpu'))
+                                        distill.Options(parts=1), torch.device('cpu'))
     rng, tokens = torch.Generator().manual_seed(0), torch.zeros(128, 1, dtype=torch.long)
     for it in range(250):
         opt.param_groups[0]['lr'] = 2e-3 * (1 - it / 250)
@@ -300,8 +300,7 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
         model, _ = load(dozen / who)
         rows, _ = sample.draw_rows(model, meta, train, 200, 1, seed=0)
         figures[who] = sample.health(rows, meta)
-    assert figures['student']['valid'] >= 0.75, figures         # 0.80 to 0.90 in trials
-    assert figures['teacher']['valid'] < 0.4, figures           # 0.24
+    assert figures['student']['valid'] >= max(.8, figures['teacher']['valid'] + .2), figures
 
 
 def test_exact_resume(dozen, tmp_path, monkeypatch):
@@ -354,7 +353,8 @@ def test_prepare_text_pairs_and_bpe(tmp_path):
 def test_dates_are_exact():
     pairs = prepare_data.dates()
     assert len(pairs) == 73049 * 8 and pairs[0][0] == '1900-01-01' and pairs[-1][0] == '2099-12-31'
-    assert all(len(set(prepare_data.date_forms(day))) == 8 for day, _ in pairs[::8])
+    assert all(len(set(prepare_data.date_forms(day))) == 8 for day, _ in pairs[::8]
+               if day[5:7] != '05')                             # May is its own abbreviation
     spec = date_spec()
     enc = encoding(spec)
     for day, form in pairs[::1000]:

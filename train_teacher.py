@@ -21,7 +21,7 @@ from prepare_data import fail, parse
 
 PRESETS = {
     'tiny': dict(layers=4, heads=8, width=128),     # a laptop, as the defaults below
-    'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, axis='paper',
+    'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, code=0, axis='paper',
                   optimiser='adamw', lr=3e-4, warmup=2500, decay=0.0, ema=0.9999, batch=512,
                   iters=1_000_000, eval_every=5000),
 }
@@ -33,7 +33,7 @@ class Options:
     out: str = ''               # folder to write to; default out/<data>[-diffuseq]/teacher
     model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion)
     preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
-    iters: int = 1400           # optimiser iterations
+    iters: int = 1200           # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
     parts: int = 0              # it is computed in so many parts; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
@@ -45,10 +45,10 @@ class Options:
     layers: int = 4             # transformer blocks
     heads: int = 8              # attention heads
     width: int = 128            # D, channels of the residual stream
-    code: int = 0               # C, channels of the embedding table; 0: the width, diffuseq: 32
+    code: int = 32              # C, channels of the embedding table; 0: the width
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
-    axis: str = 'reader'        # flm: tau(t): reader | paper | uniform | a number, see OneHotFlow
+    axis: str = '0.2'           # flm: tau(t): reader | paper | uniform | a number, see OneHotFlow
     anchor: float = 0.1         # diffuseq: weight of the cross-entropy of the rounded prediction
     given: float = 0.1          # share of rows without source that get random given tokens
     eval_every: int = 500       # iterations between validations; each one saves
@@ -225,8 +225,8 @@ def main(o):
     torch.manual_seed(o.seed)
     model = build(Config(
         vocab=meta['vocab'], length=meta['length'], model=o.model, layers=o.layers, heads=o.heads,
-        width=o.width, code=o.code or (32 if o.model == 'diffuseq' else 0), dropout=o.dropout,
-        gate=o.gate, axis=o.axis, anchor=o.anchor)).to(device)
+        width=o.width, code=o.code, dropout=o.dropout, gate=o.gate, axis=o.axis,
+        anchor=o.anchor)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     start = restore(out, model, ema, opts) if o.resume else 0

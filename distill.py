@@ -1,7 +1,7 @@
 """Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/teacher --method lagrangian --iters 4500 --lr 2e-3 --muon-lr 0.01
+    python distill.py out/dates/student --method halve  # a flow's student: its 2 calls become one
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
@@ -23,15 +23,15 @@ class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
     out: str = ''               # folder for model.pt and log.jsonl; default student, beside it
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian, see flow_map_target
+    method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian | halve, see flow_map
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
-    sharpen: float = 1.0        # flow: factor on the logits of their targets at the end of the run
     teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
+    regress: float = 0.0        # diffuseq: weight of the squared distance to the teacher's own text
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
     score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
     iters: int = 500            # optimiser iterations
@@ -80,14 +80,13 @@ def time_pairs(B, o, rng, device):
 
 
 @torch.no_grad()
-def flow_map_target(student, teacher, h, given, s, t, method, leg, sharpen=1.0):
+def flow_map_target(student, teacher, h, given, s, t, method, leg):
     """What delta_{s,t}(h) should be, from two shorter legs s -> u -> t: (B, L, V), rows sum to 1.
 
     semigroup   u in the middle, both legs by the student
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
     One formula for the three (Eq. of semigroup_weight), no derivative, and always in the simplex.
-    `sharpen` > 1 scales the last leg's logits.
     """
     share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
     u = s + share * (t - s)
@@ -96,34 +95,38 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg, sharpen=1.0):
     h_u = student.jump(h, first, given, s, u)
     last = teacher(h_u, given, u) if method == 'lagrangian' else student.predict(h_u, given, u, t)
     g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
-    return g * first + (1 - g) * (sharpen * last).softmax(-1)
+    return g * first + (1 - g) * last.softmax(-1)
 
 
 def flow_map(student, teacher, o, device):
-    """The student's loss of one iteration: a function of tokens, given, generator, share done."""
-    if o.teacher_diagonal:
-        D = teacher.predict
-    else:       # self-distillation: the student's own diagonal is the denoiser
-        def D(h, given, tau): return student.predict(h, given, tau, tau)
+    """The student's loss of one iteration, as a function of tokens, given and generator.
 
-    def losses(tokens, given, rng, done):
+    halve  `teacher` is a student already and stays as it is; its two calls are taught as one. The
+           other methods learn from the student as it changes, which keeps one call unsure wherever
+           a noise lies between two texts; a target at rest settles those.
+    """
+    guide = teacher if o.method == 'halve' else student
+
+    def D(h, given, tau):       # what lies at the end of the flow, seen from tau
+        if o.method == 'halve':
+            return teacher.predict(h, given, tau, torch.ones_like(tau))
+        # without a teacher's the student's own diagonal is the denoiser: self-distillation
+        return teacher.predict(h, given, tau) if o.teacher_diagonal else student.predict(
+            h, given, tau, tau)
+
+    def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(len(tokens), o, rng, device)
         h = student.corrupt(tokens, given, s, rng)
-        # one call learns from two, which are better than nine tenths of its own jump and a leg. A
-        # noise flows to one text: a target torn between two says only that two calls are unsure,
-        # and whoever copies that at each position by itself writes a mixture. It may be sharpened
-        # (from the middle of the run on), at the price of whatever the noise decides but faintly
-        sharpen = 1 + (o.sharpen - 1) * max(0, 2 * done - 1)
-        target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], *how)
-                  for a, b, *how in ((n, edge, 'semigroup', o.leg, sharpen),
-                                     (edge, len(h), o.method, o.leg)) if b > a]
-        if o.teacher_diagonal:
+        # one call learns from two, which are better than nine tenths of its own jump and a leg
+        whole = 'lagrangian' if o.method == 'halve' else 'semigroup'
+        target = [flow_map_target(guide, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
+                  for a, b, method in ((n, edge, whole), (edge, len(h), o.method)) if b > a]
+        if n and o.teacher_diagonal:
             with torch.no_grad():
-                diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)
-        else:
-            diagonal = F.one_hot(tokens[:n], student.config.vocab).float()
-        target = torch.cat([diagonal, *target])
-        loss = row_cross_entropy(student.predict(h, given, s, t), target, given)
+                target.insert(0, D(h[:n], given[:n], s[:n]).softmax(-1))
+        elif n:
+            target.insert(0, F.one_hot(tokens[:n], student.config.vocab).float())
+        loss = row_cross_entropy(student.predict(h, given, s, t), torch.cat(target), given)
         groups = {'diagonal': loss[:n], 'one_call': loss[n:edge], 'between': loss[edge:]}
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses
@@ -174,7 +177,7 @@ class Fake(torch.nn.Module):
 def score_distillation(student, teacher, fake, fake_opt, o, device):
     """The student's loss of one iteration, as a function; it first lets the fake catch up."""
 
-    def losses(tokens, given, rng, done):
+    def losses(tokens, given, rng):
         B = len(tokens)
         for _ in range(o.fake_ratio):
             with torch.no_grad():
@@ -191,6 +194,10 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
             add_up([p.grad for p in fake.parameters() if p.grad is not None])
             fake_opt.step()
 
+        if o.regress:       # what the teacher writes from the same noise, as in DMD: it keeps modes
+            state = rng.get_state()
+            written = teacher.sample(tokens, given, 10, rng, 'ddim')
+            rng.set_state(state)
         x, clean = student.generate(tokens, given, rng)
         t = 0.02 + 0.96 * torch.rand(B, generator=rng, device=device)
         x_t = student.corrupt(x, clean, given, t, rng)
@@ -201,6 +208,9 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
         loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
         if o.adversarial:
             loss = loss + o.adversarial * F.softplus(-logit).mean()
+        if o.regress:
+            far = (x - teacher.net.embed[written]).square().mean(-1)
+            loss = loss + o.regress * row_mean(far, given).mean()
         return loss, {'gap': gap.mean(), 'fake_error': row_mean(
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses
@@ -209,18 +219,23 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
 # -------------------------------------------------------------------------------------------------
 
 def main(o):
-    for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian')),
+    for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian', 'halve')),
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
     rank, world = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
-    if is_student(teacher.config):
-        fail(f'{o.teacher} is a student already; run: python distill.py FOLDER_OF_ITS_TEACHER')
+    halve = o.method == 'halve'
+    if is_student(teacher.config) != halve or halve and not teacher.config.two_time:
+        fail(f"{o.teacher}: --method halve takes a flow's student, all else takes a teacher, which "
+             'is made by: python train_teacher.py')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
-    out = Path(o.out) if o.out else folder.with_name('student')
-    data = o.data or ckpt['options']['data']
+    out = Path(o.out) if o.out else folder.with_name('one-call' if halve else 'student')
+    if halve:       # nothing to learn at s = t or between
+        o.diagonal, o.boundary = 0.0, 1.0
+    first = ckpt.get('teacher', ckpt['options'])        # how the teacher at the root was made
+    data = o.data or first['data']
     meta, train, val = load_data(data)
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
         fail(f'{data} is not what {o.teacher} was trained on; name that folder by --data')
@@ -273,7 +288,7 @@ def main(o):
             if flow or quality >= best:
                 best = quality
                 if rank == 0:
-                    save(out / 'model.pt', student, ema, teacher=ckpt['options'],
+                    save(out / 'model.pt', student, ema, teacher=first,
                          **{name: m.state_dict() for name, m in others.items()},
                          **state(opts, it, meta, o))
             elif quality < best / 2:
@@ -282,12 +297,11 @@ def main(o):
         if last:
             break
         cpu = generator('cpu', o.seed, it, 0)
-        batch = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
+        batch = get_batch(train, meta, o.batch, first['given'], cpu, device)
         for part in range(rank, o.parts, world):
             tokens, given, _ = (x.chunk(o.parts)[part] for x in batch)
             with autocast(device):
-                loss, seen = losses(tokens, given, generator(device, o.seed, it, 1 + part),
-                                    it / o.iters)
+                loss, seen = losses(tokens, given, generator(device, o.seed, it, 1 + part))
             # not into the fake denoiser, whose own turn is past
             (loss / o.parts).backward(inputs=trained)
             sums.update({name: x * world / o.parts for name, x in seen.items()})

@@ -141,7 +141,7 @@ def date_forms(iso):
     month, short = calendar.month_name[m], calendar.month_abbr[m]
     nth = str(d) + ('th' if 10 <= d <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th'))
     return (f'{month} {d}, {y}', f'the {nth} of {month} {y}', f'{d} {short} {y}', f'{m}/{d}/{y}',
-            f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d} {month} {y}', f'{short} {d}, {y}')
+            f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d}-{short}-{y}', f'{month} the {nth}, {y}')
 
 
 def dates():

@@ -21,7 +21,7 @@ from prepare_data import fail, parse
 @dataclass
 class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
-    out: str = ''               # folder for model.pt and log.jsonl; default student, beside it
+    out: str = ''               # folder to write to; default student (halve: one-call), beside it
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
     method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian | halve, see flow_map
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
@@ -31,7 +31,6 @@ class Options:
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
-    regress: float = 0.0        # diffuseq: weight of the squared distance to the teacher's own text
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
     score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
     iters: int = 500            # optimiser iterations
@@ -194,10 +193,6 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
             add_up([p.grad for p in fake.parameters() if p.grad is not None])
             fake_opt.step()
 
-        if o.regress:       # what the teacher writes from the same noise, as in DMD: it keeps modes
-            state = rng.get_state()
-            written = teacher.sample(tokens, given, 10, rng, 'ddim')
-            rng.set_state(state)
         x, clean = student.generate(tokens, given, rng)
         t = 0.02 + 0.96 * torch.rand(B, generator=rng, device=device)
         x_t = student.corrupt(x, clean, given, t, rng)
@@ -208,9 +203,6 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
         loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
         if o.adversarial:
             loss = loss + o.adversarial * F.softplus(-logit).mean()
-        if o.regress:
-            far = (x - teacher.net.embed[written]).square().mean(-1)
-            loss = loss + o.regress * row_mean(far, given).mean()
         return loss, {'gap': gap.mean(), 'fake_error': row_mean(
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses

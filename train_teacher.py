@@ -1,8 +1,8 @@
 """Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --code 8 --axis 2 --iters 5500 --decay 0.9
-    python train_teacher.py --data data/dates --model diffuseq --iters 2500 --decay 0.9
+    python train_teacher.py --data data/dates --code 4 --axis 1 --iters 4500 --decay 0.9
+    python train_teacher.py --data data/dates --model diffuseq --code 8 --iters 2000 --decay 0.9
     torchrun --standalone --nproc_per_node=8 train_teacher.py --preset small    # 12 x 768, on GPUs
 
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.

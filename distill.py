@@ -104,20 +104,20 @@ def flow_map(student, teacher, o, device):
            other methods learn from the student as it changes, which keeps one call unsure wherever
            a noise lies between two texts; a target at rest settles those.
     """
-    guide = teacher if o.method == 'halve' else student
-
-    def D(h, given, tau):       # what lies at the end of the flow, seen from tau
-        if o.method == 'halve':
-            return teacher.predict(h, given, tau, torch.ones_like(tau))
-        # without a teacher's the student's own diagonal is the denoiser: self-distillation
-        return teacher.predict(h, given, tau) if o.teacher_diagonal else student.predict(
-            h, given, tau, tau)
+    # D: what lies at the end of the flow, seen from tau; `whole`: how one call learns from two
+    guide, whole = student, 'semigroup'
+    if o.method == 'halve':
+        guide, whole = teacher, 'lagrangian'
+        def D(h, given, tau): return teacher.predict(h, given, tau, torch.ones_like(tau))
+    elif o.teacher_diagonal:
+        D = teacher.predict
+    else:       # self-distillation: the student's own diagonal is the denoiser
+        def D(h, given, tau): return student.predict(h, given, tau, tau)
 
     def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(len(tokens), o, rng, device)
         h = student.corrupt(tokens, given, s, rng)
         # one call learns from two, which are better than nine tenths of its own jump and a leg
-        whole = 'lagrangian' if o.method == 'halve' else 'semigroup'
         target = [flow_map_target(guide, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
                   for a, b, method in ((n, edge, whole), (edge, len(h), o.method)) if b > a]
         if n and o.teacher_diagonal:

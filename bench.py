@@ -52,7 +52,7 @@ import torch.nn.functional as F  # noqa: E402
 from model import (Config, autocast, build, dense_corrupt, load, pick_device,  # noqa: E402
                    split_rows, to_texts, write_whole)
 from sample import draw_rows, health, write  # noqa: E402
-from train_teacher import load_data, source_mask  # noqa: E402
+from train_teacher import load_data, source_given  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------
 # Distances between samples and real text, on token ids; repetition cannot fool them
@@ -164,7 +164,7 @@ def measure(model, meta, data, ids, o, nfe, seed, real, train):
         known = as_rows(ids, meta['length'])
         known = known[np.random.default_rng(seed).choice(len(known), o.rows // o.per_source)]
         tokens = known.repeat_interleave(o.per_source, dim=0)                   # (rows, L)
-        rows, seconds = write(model, tokens, source_mask(tokens, meta), nfe, seed, **how)
+        rows, seconds = write(model, source_given(tokens, meta), nfe, seed, **how)
         figures = health(rows, meta, data)
         if meta['tokenizer']['name'] != 'dates':        # there any of eight texts is right
             targets = [text for _, text in to_texts(known, meta)]
@@ -257,8 +257,8 @@ def speed(o, paths, device):
             model.net.compile()
         for nfe in map(int, o.nfe):
             for rows in map(int, o.batch):
-                tokens = torch.zeros(rows, model.config.length, dtype=torch.long, device=device)
-                work = partial(model.sample, tokens, tokens > 0, nfe)
+                nothing = torch.full((rows, model.config.length), -1, device=device)
+                work = partial(model.sample, nothing, nfe)
                 with autocast(device):
                     took = median_time(work, device, o.repeats)
                 floor = nfe * call_floor(model, rows, flops, bandwidth)
@@ -284,7 +284,7 @@ def training_step(o, how, name):
     if o.compile and device.type == 'cuda':
         model.net.compile()
     tokens = torch.randint(o.vocab, (o.rows, o.length), device=device)
-    given, tau = torch.zeros_like(tokens, dtype=torch.bool), torch.rand(o.rows, device=device)
+    given, tau = torch.full_like(tokens, -1), torch.rand(o.rows, device=device)
 
     def work():
         with autocast(device):

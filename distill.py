@@ -1,7 +1,7 @@
 """Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/student --method halve  # a flow's student: its 2 calls become one
+    python distill.py out/dates/teacher --guide out/dates/student   # a flow's student, once more
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
@@ -21,13 +21,15 @@ from prepare_data import fail, parse
 @dataclass
 class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
-    out: str = ''               # folder to write to; default student (halve: one-call), beside it
+    out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian | halve, see flow_map
+    method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian, see flow_map_target
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
     teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
+    guide: str = ''             # flow: a student; at rest, it teaches a copy of itself one call
+    noises: int = 3             # flow, --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
@@ -54,7 +56,7 @@ OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else No
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import (autocast, build, generator, is_student, load, pick_device,  # noqa: E402
+from model import (autocast, build, ddim, generator, is_student, load, pick_device,  # noqa: E402
                    row_cross_entropy, row_mean, save, semigroup_weight)
 from sample import draw_rows, health  # noqa: E402
 from train_teacher import (Log, add_up, get_batch, join, load_data, optimisers,  # noqa: E402
@@ -98,28 +100,17 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
 
 
 def flow_map(student, teacher, o, device):
-    """The student's loss of one iteration, as a function of tokens, given and generator.
-
-    halve  `teacher` is a student already and stays as it is; its two calls are taught as one. The
-           other methods learn from the student as it changes, which keeps one call unsure wherever
-           a noise lies between two texts; a target at rest settles those.
-    """
-    # D: what lies at the end of the flow, seen from tau; `whole`: how one call learns from two
-    guide, whole = student, 'semigroup'
-    if o.method == 'halve':
-        guide, whole = teacher, 'lagrangian'
-        def D(h, given, tau): return teacher.predict(h, given, tau, torch.ones_like(tau))
-    elif o.teacher_diagonal:
-        D = teacher.predict
-    else:       # self-distillation: the student's own diagonal is the denoiser
-        def D(h, given, tau): return student.predict(h, given, tau, tau)
+    """The student's loss of one iteration, as a function of tokens, given and generator."""
+    def D(h, given, tau):       # without a teacher's the student's own diagonal is the denoiser
+        return teacher.predict(h, given, tau) if o.teacher_diagonal else student.predict(
+            h, given, tau, tau)
 
     def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(len(tokens), o, rng, device)
         h = student.corrupt(tokens, given, s, rng)
         # one call learns from two, which are better than nine tenths of its own jump and a leg
-        target = [flow_map_target(guide, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
-                  for a, b, method in ((n, edge, whole), (edge, len(h), o.method)) if b > a]
+        target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
+                  for a, b, method in ((n, edge, 'semigroup'), (edge, len(h), o.method)) if b > a]
         if n and o.teacher_diagonal:
             with torch.no_grad():
                 target.insert(0, D(h[:n], given[:n], s[:n]).softmax(-1))
@@ -178,9 +169,10 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
 
     def losses(tokens, given, rng):
         B = len(tokens)
+        clean = student.net.embed.detach()[tokens].float()                      # (B, L, C)
         for _ in range(o.fake_ratio):
             with torch.no_grad():
-                x, clean = student.generate(tokens, given, rng)
+                x = student.generate(student.begin(given, rng), given)
             t = torch.rand(B, generator=rng, device=device)
             seen, logit = fake(student.corrupt(x, clean, given, t, rng), given, t)
             loss = row_mean((seen - x).square().mean(-1), given).mean()
@@ -193,7 +185,7 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
             add_up([p.grad for p in fake.parameters() if p.grad is not None])
             fake_opt.step()
 
-        x, clean = student.generate(tokens, given, rng)
+        x = student.generate(student.begin(given, rng), given)
         t = 0.02 + 0.96 * torch.rand(B, generator=rng, device=device)
         x_t = student.corrupt(x, clean, given, t, rng)
         real, (seen, logit) = teacher.predict(x_t, given, t), fake(x_t, given, t)
@@ -209,25 +201,60 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
 
 
 # -------------------------------------------------------------------------------------------------
+# Both: a student at rest, the guide, settles what one call leaves open
+
+def hardest(student, given, n, rng):
+    """For each row, of n noises the one whose text the student is least sure of: h (B, L, C)."""
+    tries = [student.begin(given, rng) for _ in range(n)]
+    with torch.no_grad():
+        sure = [student.one_call(h, given).log_softmax(-1).amax(-1) for h in tries]     # (B, L)
+    least = torch.stack([row_mean(x, given) for x in sure]).argmin(0)           # (B,)
+    return torch.stack(tries)[least, torch.arange(len(least))]
+
+
+def settle(student, guide, teacher, o):
+    """The loss of a copy of the guide, as above: its one call is to write what two write.
+
+    These are nine tenths of the guide's jump and, from there, a look by the teacher. A student that
+    learns from itself stays torn wherever a noise lies between two texts, and mixes their tokens;
+    the guide does not move, so what follows from its leaning to one of them can be learnt. Rows
+    far from all ties are settled already: hence the hardest noise of several.
+    """
+    late = 1 - o.leg * (1 - START)          # diffuseq: the time of the look
+
+    def losses(tokens, given, rng):
+        h = hardest(student, given, o.noises, rng)
+        s = torch.zeros_like(h[:, 0, 0])
+        with torch.no_grad():
+            if student.config.two_time:
+                goal = flow_map_target(guide, teacher.predict, h, given, s, s + 1, 'lagrangian',
+                                       o.leg)
+            else:
+                x = ddim(h, guide.generate(h, given), *torch.tensor([START, late]))
+                x = torch.where(given[..., None] < 0, x, h)
+                goal = teacher.round(teacher.predict(x, given, s + late)).softmax(-1)
+        loss = row_cross_entropy(student.one_call(h, given), goal, given).mean()
+        return loss, {'one_call': loss.detach()}
+    return losses
+
+
+# -------------------------------------------------------------------------------------------------
 
 def main(o):
-    for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian', 'halve')),
+    for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian')),
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
+    if o.noises < 1:
+        fail(f'--noises {o.noises}: at least 1')
     rank, world = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
-    halve = o.method == 'halve'
-    if is_student(teacher.config) != halve or halve and not teacher.config.two_time:
-        fail(f"{o.teacher}: --method halve takes a flow's student, all else takes a teacher, which "
-             'is made by: python train_teacher.py')
+    if is_student(teacher.config):
+        fail(f'{o.teacher} is a student; distil a teacher, made by: python train_teacher.py')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
-    out = Path(o.out) if o.out else folder.with_name('one-call' if halve else 'student')
-    if halve:       # nothing to learn at s = t or between
-        o.diagonal, o.boundary = 0.0, 1.0
-    first = ckpt.get('teacher', ckpt['options'])        # how the teacher at the root was made
-    data = o.data or first['data']
+    out = Path(o.out) if o.out else folder.with_name('one-call' if o.guide else 'student')
+    data = o.data or ckpt['options']['data']
     meta, train, val = load_data(data)
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
         fail(f'{data} is not what {o.teacher} was trained on; name that folder by --data')
@@ -238,15 +265,24 @@ def main(o):
                             start=0.0 if flow else START))
     # a flow map's second time starts at zero, so that every student starts as its teacher
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
+    guide = student
+    if o.guide:
+        guide, _ = load(o.guide, device)
+        if not (is_student(guide.config) and torch.equal(guide.net.embed, teacher.net.embed)):
+            fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
+        student.load_state_dict(guide.state_dict())
+        guide.requires_grad_(False)
     student.to(device)
     teacher.requires_grad_(False)
     # the embedding spans the space both networks read and write: shared, so never trained
     student.net.embed.requires_grad_(False)
-    if flow:
-        opts = optimisers(student, o)
-        losses = flow_map(student, teacher, o, device)
-    else:
+    if not flow:
         student.bias.requires_grad_(False)
+    if o.guide or flow:
+        opts = optimisers(student, o)
+        losses = (settle(student, guide, teacher, o) if o.guide else
+                  flow_map(student, teacher, o, device))
+    else:
         fake = others['fake'] = Fake(teacher).to(device)
         if o.parts != world:
             fail('--parts: score distillation takes as many as there are processes; leave it out')
@@ -259,7 +295,8 @@ def main(o):
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     start = restore(out, student, ema, opts, **others) if o.resume else 0
     if o.compile and device.type == 'cuda':
-        student.net.compile(), teacher.net.compile()
+        for net in {student.net, guide.net, teacher.net}:
+            net.compile()
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, o, start, rank)
 
@@ -280,7 +317,7 @@ def main(o):
             if flow or quality >= best:
                 best = quality
                 if rank == 0:
-                    save(out / 'model.pt', student, ema, teacher=first,
+                    save(out / 'model.pt', student, ema, teacher=ckpt['options'],
                          **{name: m.state_dict() for name, m in others.items()},
                          **state(opts, it, meta, o))
             elif quality < best / 2:
@@ -289,7 +326,7 @@ def main(o):
         if last:
             break
         cpu = generator('cpu', o.seed, it, 0)
-        batch = get_batch(train, meta, o.batch, first['given'], cpu, device)
+        batch = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
         for part in range(rank, o.parts, world):
             tokens, given, _ = (x.chunk(o.parts)[part] for x in batch)
             with autocast(device):

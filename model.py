@@ -5,7 +5,8 @@ Conventions, used everywhere in this repository:
   tau in [0, 1]  reparameterised time, what training and samplers are uniform in
   B, L, V, D, C  batch, length, vocabulary, width, channels of the embedding; shapes: # (B, L, D)
   nfe            network calls of a sampler
-  given          (B, L) bool, the positions that are known (source, prompt, infill) and never noised
+  given          (B, L) int64, the ids of tokens that are known (source, prompt, infill) and never
+                 noised; -1 where one is to be written
 
 The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
 each of the L positions. The network's first layer is linear, so all it ever sees of x_t is
@@ -69,16 +70,6 @@ def rotate(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-class TimeEmbedding(nn.Sequential):
-    """Times (B,) -> conditioning (B, cond)."""
-
-    def __init__(self, cond):
-        super().__init__(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
-
-    def forward(self, tau):
-        return super().forward(sinusoid(tau))
-
-
 class Block(nn.Module):
     """Bidirectional attention and MLP, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
 
@@ -103,7 +94,7 @@ class Block(nn.Module):
         y = self.out(y.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
         x = x + (self.gate + gate1) * F.dropout(y, self.dropout, self.training)
         y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
-        y = self.down(F.gelu(self.up(y), approximate='tanh'))
+        y = self.down(F.gelu(self.up(y)))
         return x + (self.gate + gate2) * F.dropout(y, self.dropout, self.training)
 
 
@@ -116,9 +107,13 @@ class Denoiser(nn.Module):
         self.embed = nn.Parameter(torch.empty(c.vocab, C))                      # E (V, C)
         self.into = nn.Linear(C, c.width, bias=False) if C != c.width else nn.Identity()
         self.position = nn.Parameter(torch.empty(c.length, c.width))
-        self.known = nn.Parameter(torch.empty(c.width))                         # added where given
-        self.time = TimeEmbedding(c.cond)
-        self.time_to = TimeEmbedding(c.cond) if c.two_time else None
+        # added where a token is given. Few channels are spent on what noise must decide, and would
+        # hardly tell the digits of a source apart: there each token has a vector of its own
+        self.known = nn.Embedding(1 + (c.vocab if c.code else 1), c.width)      # 0: to write
+        self.time, *to = (
+            nn.Sequential(nn.Linear(256, c.cond), nn.SiLU(), nn.Linear(c.cond, c.cond))
+            for _ in range(1 + c.two_time))
+        self.time_to = to[0] if to else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.ada = nn.Linear(c.cond, 2 * c.width)
         self.head = nn.Linear(c.width, out)                                     # not tied to E
@@ -135,7 +130,7 @@ class Denoiser(nn.Module):
         # as large as the noise beside it: what a noisy token means depends on where it stands, and
         # small positions (0.02, the usual value) take hundreds of iterations to be heard
         nn.init.normal_(self.position)
-        nn.init.normal_(self.known)
+        nn.init.normal_(self.known.weight)
         # zero: the time modulates nothing yet, every token is equally likely, and a fresh target
         # time leaves a student equal to its teacher
         for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
@@ -144,9 +139,10 @@ class Denoiser(nn.Module):
 
     def forward(self, h, given, tau, tau_to=None):
         """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32."""
-        x = self.into(h) + self.position[:h.shape[1]] + given[..., None] * self.known    # (B, L, D)
-        cond = self.time(tau) if tau_to is None else self.time(tau) + self.time_to(tau_to)
-        cond = F.silu(cond)
+        known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
+        x = self.into(h) + self.position[:h.shape[1]] + known                   # (B, L, D)
+        cond = self.time(sinusoid(tau))                                         # (B, cond)
+        cond = F.silu(cond if tau_to is None else cond + self.time_to(sinusoid(tau_to)))
         cos, sin = self.cos[:h.shape[1]], self.sin[:h.shape[1]]
         for block in self.blocks:
             x = block(x, cond, cos, sin)
@@ -263,7 +259,7 @@ class OneHotFlow(nn.Module):
         t = self.t_of(tau)[:, None, None]
         clean = self.net.embed[tokens].float()                                  # (B, L, C)
         h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
-        return torch.where(given[..., None], clean, h)
+        return torch.where(given[..., None] < 0, h, clean)
 
     def predict(self, h, given, tau, tau_to=None):
         """The network on rows h (B, L, C) brought to unit size -> logits (B, L, V)."""
@@ -271,7 +267,7 @@ class OneHotFlow(nn.Module):
         V, C = self.net.embed.shape
         # mean squares per channel: |E|^2 / C for noise (it adds up over V tokens), 1/V of it for a
         # clean token. A constant per t, not each token's own norm: of few channels that tells much
-        size = torch.where(given[..., None], 1 / V, (1 - t) ** 2 + t ** 2 / V)
+        size = torch.where(given[..., None] < 0, (1 - t) ** 2 + t ** 2 / V, 1 / V)
         size = (size / C).sqrt() * self.net.embed.detach().float().norm()
         logits = self.net(h / size, given, tau, tau_to)
         return 30 * torch.tanh(logits / 30)         # soft cap, keeps bf16 logits finite
@@ -281,24 +277,34 @@ class OneHotFlow(nn.Module):
         h = self.corrupt(tokens, given, tau, rng)
         return row_cross_entropy(self.predict(h, given, tau), tokens, given)
 
+    def begin(self, given, rng=None):
+        """Pure noise around the given tokens: h (B, L, C)."""
+        start = torch.zeros_like(given[:, 0], dtype=torch.float)
+        return self.corrupt(given.clamp(min=0), given, start, rng)
+
+    def one_call(self, h, given):
+        """A flow map's logits (B, L, V) of the text that pure noise h stands for."""
+        start = torch.zeros_like(h[:, 0, 0])
+        return self.predict(h, given, start, start + 1)
+
     def jump(self, h, p, given, tau_s, tau_t):
         """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given rows stay."""
         s, t = self.t_of(tau_s)[:, None, None], self.t_of(tau_t)[:, None, None]
-        return torch.where(given[..., None], h, jump(h, p @ self.net.embed.float(), s, t))
+        return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed.float(), s, t), h)
 
     @torch.no_grad()
-    def sample(self, tokens, given, nfe, rng=None, sampler='euler', gamma=0.0, temperature=1.0,
-               top_p=1.0, watch=None):
-        """Write the positions of tokens (B, L) that are not given, in nfe network calls: (B, L).
+    def sample(self, given, nfe, rng=None, sampler='euler', gamma=0.0, temperature=1.0, top_p=1.0,
+               watch=None):
+        """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
 
         sampler  euler (a student takes its flow map instead) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (nothing at nfe 1)
         temperature, top_p act on every prediction; watch(tau, tokens) is shown the argmax of each
         """
-        B, L = tokens.shape
-        E, factor = self.net.embed.float(), self.noise_factor()
-        clean = E[tokens]                                                       # (B, L, C)
-        h = torch.where(given[..., None], clean, self.noise(B, L, rng, factor))     # tau = 0
+        B, L = given.shape
+        E, factor, free = self.net.embed.float(), self.noise_factor(), given < 0
+        clean = E[given.clamp(min=0)]                                           # (B, L, C)
+        h = self.begin(given, rng)                          # tau = 0
         grid = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):
             now, then = grid[i].expand(B), grid[i + 1].expand(B)
@@ -312,7 +318,7 @@ class OneHotFlow(nn.Module):
             logits[..., -2:] = -torch.inf                       # <sep> and <bos> are never written
             p = nucleus(logits.softmax(-1), top_p)                              # (B, L, V)
             if watch:
-                watch(i, torch.where(given, tokens, p.argmax(-1)))
+                watch(i, torch.where(free, p.argmax(-1), given))
             if i == nfe - 1:
                 break
             if sampler == 'bridge':
@@ -321,9 +327,9 @@ class OneHotFlow(nn.Module):
                 h_next = jump(h, p @ E, s, r)
                 if gamma:
                     h_next = t / r * h_next + gamma * (1 - t) * self.noise(B, L, rng, factor)
-            h = torch.where(given[..., None], clean, h_next)
+            h = torch.where(free[..., None], h_next, clean)
         last = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
-        return torch.where(given, tokens, last)
+        return torch.where(free, last, given)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -382,7 +388,7 @@ class EmbeddingDiffusion(nn.Module):
     def corrupt(self, x, clean, given, t, rng=None):
         """x_t (B, L, C) of x at times t (B,); given positions hold `clean`, their embeddings."""
         a, s = noise_level(t[:, None, None])
-        return torch.where(given[..., None], clean, a * x + s * self.noise(x, rng))
+        return torch.where(given[..., None] < 0, a * x + s * self.noise(x, rng), clean)
 
     def loss(self, tokens, given, t, rng=None):
         """Squared error of x, rounding term and anchor term, mean over positions: (B,)."""
@@ -391,33 +397,41 @@ class EmbeddingDiffusion(nn.Module):
         guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
-        loss = error + row_cross_entropy(self.round(x), tokens, torch.zeros_like(given))
+        loss = error + row_cross_entropy(self.round(x), tokens, torch.full_like(given, -1))
         if self.config.anchor:
             loss = loss + self.config.anchor * row_cross_entropy(self.round(guess), tokens, given)
         return loss
 
-    def generate(self, tokens, given, rng=None):
-        """The one-call generator: x_g (B, L, C) and the source embeddings, with gradient."""
-        clean = self.net.embed[tokens].float()
-        start = torch.full_like(tokens[:, 0], self.config.start, dtype=torch.float)
-        x = noise_level(start[:, None, None])[1] * self.noise(clean, rng)
-        return self.predict(torch.where(given[..., None], clean, x), given, start), clean
+    def begin(self, given, rng=None):
+        """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
+        clean = self.net.embed[given.clamp(min=0)].float()
+        s = noise_level(torch.tensor(self.config.start))[1]
+        return torch.where(given[..., None] < 0, s * self.noise(clean, rng), clean)
+
+    def generate(self, x_t, given):
+        """The one-call generator: x (B, L, C), with gradient."""
+        return self.predict(x_t, given, torch.full_like(x_t[:, 0, 0], self.config.start))
+
+    def one_call(self, x_t, given):
+        """Its logits (B, L, V)."""
+        return self.round(self.generate(x_t, given))
 
     @torch.no_grad()
-    def sample(self, tokens, given, nfe, rng=None, sampler='ancestral', clamp=False, watch=None):
-        """Write the positions of tokens (B, L) that are not given, in nfe network calls: (B, L).
+    def sample(self, given, nfe, rng=None, sampler='ancestral', clamp=False, watch=None):
+        """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
 
         sampler  ancestral | ddim, both right for any stride;  watch(i, tokens) sees each guess
         clamp    every guess goes to the nearest embedding before it is used
         """
-        E = self.net.embed.float()
-        clean = E[tokens]                                                       # (B, L, C)
+        E, free = self.net.embed.float(), given < 0
+        clean = E[given.clamp(min=0)]                                           # (B, L, C)
         grid = torch.linspace(self.config.start, 1, nfe + 1, device=clean.device)
-        x_t = noise_level(grid[0])[1] * self.noise(clean, rng)
+        x_t = self.begin(given, rng)
         for i in range(nfe):
-            x_t = torch.where(given[..., None], clean, x_t)
-            x = self.predict(x_t, given, grid[i].expand(len(tokens)))
-            written = torch.where(given, tokens, self.written(x))
+            x_t = torch.where(free[..., None], x_t, clean)
+            x = self.predict(x_t, given, grid[i].expand(len(given)))
+            # <sep> and <bos>, the last two, are never written
+            written = torch.where(free, self.round(x)[..., :-2].argmax(-1), given)
             if watch:
                 watch(i, written)
             if clamp:
@@ -426,10 +440,6 @@ class EmbeddingDiffusion(nn.Module):
                 x_t = (ddim(x_t, x, grid[i], grid[i + 1]) if sampler == 'ddim' else
                        ancestral(x_t, x, grid[i], grid[i + 1], self.noise(clean, rng)))
         return written
-
-    def written(self, x):
-        """The tokens x (B, L, C) rounds to; <sep> and <bos> are never written: (B, L)."""
-        return self.round(x)[..., :-2].argmax(-1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -447,7 +457,7 @@ def is_student(config):
 
 def row_mean(x, given):
     """Mean of x (B, L) over the positions not given: (B,)."""
-    return (x * ~given).sum(1) / (~given).sum(1).clamp(min=1)
+    return torch.where(given < 0, x, 0).sum(1) / (given < 0).sum(1).clamp(min=1)
 
 
 def nucleus(p, top_p):

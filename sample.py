@@ -54,36 +54,35 @@ from train_teacher import get_batch, load_data  # noqa: E402
 # ---- Writing rows ----
 
 def known_row(meta, enc, o, source):
-    """What is known of a row -> tokens (1, L) and given (1, L); unknown positions hold 0."""
+    """What is known of a row: given (1, L), ids, -1 at positions to be written."""
     L, (eos, pad, sep, _) = meta['length'], meta['special'].values()
     try:
         ids = encode(enc, meta['tokenizer'], source) + [sep] if source else []
-        for part in re.split('(_)', o.infill) if o.infill else [o.prompt]:  # None: to be written
-            ids += [None] if part == '_' else encode(enc, meta['tokenizer'], part)
+        for part in re.split('(_)', o.infill) if o.infill else [o.prompt]:
+            ids += [-1] if part == '_' else encode(enc, meta['tokenizer'], part)
     except ValueError as e:
         fail(e)
     if len(ids) > L - 1:
         fail(f'{len(ids)} tokens are given, but a row of this model holds {L}; shorten the text')
     if o.infill and meta['kind'] == 'rows':         # nothing comes behind the last given word
         ids += [eos] + [pad] * (L - len(ids) - 1)
-    ids += [None] * (L - len(ids))
-    return torch.tensor([[i or 0 for i in ids]]), torch.tensor([[i is not None for i in ids]])
+    return torch.tensor([ids + [-1] * (L - len(ids))])
 
 
-def write(model, tokens, given, nfe, seed, **how):
-    """The model's rows for tokens and given (B, L), 256 at a time: ((B, L) on the CPU, seconds)."""
+def write(model, given, nfe, seed, **how):
+    """The model's rows for given (B, L), 256 at a time: ((B, L) on the CPU, seconds)."""
     device = next(model.parameters()).device
     rng, rows, start = generator(device, seed, 2), [], time.perf_counter()
     with autocast(device):
-        for x, known in zip(tokens.split(256), given.split(256)):
-            rows.append(model.sample(x.to(device), known.to(device), nfe, rng, **how).cpu())
+        for part in given.split(256):
+            rows.append(model.sample(part.to(device), nfe, rng, **how).cpu())
     return torch.cat(rows), time.perf_counter() - start
 
 
 def draw_rows(model, meta, ids, n, nfe, seed, **how):
     """As `write`, for n data rows whose source, if there is one, is given."""
-    tokens, given, _ = get_batch(ids, meta, n, 0.0, generator('cpu', seed, 1), torch.device('cpu'))
-    return write(model, tokens, given, nfe, seed, **how)
+    _, given, _ = get_batch(ids, meta, n, 0.0, generator('cpu', seed, 1), torch.device('cpu'))
+    return write(model, given, nfe, seed, **how)
 
 
 def most_alike(pairs):
@@ -141,14 +140,14 @@ def show_info(path, ckpt, model):
         print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt.get(name, {}).items()))
 
 
-def compare(student, teacher, meta, tokens, given, o, data):
+def compare(student, teacher, meta, given, o, data):
     """The same noise through the teacher at 1 and 64 calls and the student, side by side."""
     runs = [('teacher, nfe 1', teacher, 1), ('teacher, nfe 64', teacher, 64),
             (f'student, nfe {o.nfe}', student, o.nfe)]
     columns, lines, width = [], [], 44
     for name, model, nfe in runs:
-        write(model, tokens[:1], given[:1], 1, o.seed)      # the first call of all is slow
-        rows, seconds = write(model, tokens, given, nfe, o.seed)
+        write(model, given[:1], 1, o.seed)      # the first call of all is slow
+        rows, seconds = write(model, given, nfe, o.seed)
         columns.append([textwrap.wrap(text, width) for _, text in to_texts(rows[:o.n], meta)])
         lines.append(f'{name:15s} {health_line(rows, meta, data, nfe, seconds)}')
     for cells in [[[name] for name, *_ in runs], *zip(*columns)]:
@@ -196,18 +195,18 @@ def main(o):
             fail('this model needs a source: --source "...", or lines on stdin')
         sources = list(filter(None, map(str.strip, sys.stdin))) or fail('no line on stdin')
     n = max(o.n, 256) if o.compare else o.mbr or o.n        # a health line needs many rows
-    known = zip(*(known_row(meta, enc, o, source) for source in sources))
-    tokens, given = (torch.cat(x).repeat_interleave(n, dim=0) for x in known)       # (B, L)
+    given = torch.cat([known_row(meta, enc, o, source) for source in sources])
+    given = given.repeat_interleave(n, dim=0)                                   # (B, L)
     if o.compare:
         teacher, other = load(o.compare, pick_device(o.device))
         if is_student(teacher.config) or other['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
-        return compare(model, teacher, meta, tokens, given, o, data)
+        return compare(model, teacher, meta, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc) if o.watch else None)
     how |= {'sampler': o.sampler} if o.sampler else {}
     if model.config.model == 'flm':
         how |= dict(gamma=o.gamma, temperature=o.temperature, top_p=o.top_p)
-    rows, seconds = write(model, tokens, given, o.nfe, o.seed, **how)
+    rows, seconds = write(model, given, o.nfe, o.seed, **how)
     texts = to_texts(rows, meta, enc)
     if o.mbr:
         texts = [most_alike(texts[i:i + n]) for i in range(0, len(texts), n)]

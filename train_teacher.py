@@ -1,7 +1,7 @@
 """Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --code 4 --axis 1 --iters 4500 --decay 0.9
+    python train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
     python train_teacher.py --data data/dates --model diffuseq --code 8 --iters 2000 --decay 0.9
     torchrun --standalone --nproc_per_node=8 train_teacher.py --preset small    # 12 x 768, on GPUs
 
@@ -85,35 +85,34 @@ def load_data(folder):
 
 
 def get_batch(ids, meta, n, share, cpu, device):
-    """n random rows: tokens (n, L) int64, given (n, L) bool, tau (n,) stratified over the batch.
+    """n random rows: tokens and given (n, L) int64, tau (n,) stratified over the batch.
 
     Pairs have their source given. Of other rows a `share` has a random prefix or random tokens
     given, which is what makes prompts and infilling work in a single call.
     """
     L = meta['length']
-    if meta['kind'] == 'rows':
-        at = torch.randint(len(ids) // L, (n,), generator=cpu) * L
-    else:
-        at = torch.randint(len(ids) - L + 1, (n,), generator=cpu)
+    stride = L if meta['kind'] == 'rows' else 1         # any window of a stream is a row
+    at = torch.randint((len(ids) - L) // stride + 1, (n,), generator=cpu) * stride
     rows = np.stack([ids[i:i + L] for i in at.tolist()]).astype(np.int64)
     tokens = torch.from_numpy(rows)                                             # (n, L)
     if meta['pairs']:
-        given = source_mask(tokens, meta)
+        given = source_given(tokens, meta)
     else:
         r = torch.rand(3, n, 1, generator=cpu)
         prefix = torch.arange(L) < r[1] * L * 0.75
         spread = torch.rand(n, L, generator=cpu) < r[1]
-        given = (r[0] < share) & torch.where(r[2] < 0.5, prefix, spread)
+        known = (r[0] < share) & torch.where(r[2] < 0.5, prefix, spread)
+        given = torch.where(known, tokens, -1)                                  # (n, L)
     tau = (torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1
-    if device.type == 'cuda':
-        tokens, given, tau = (x.pin_memory() for x in (tokens, given, tau))
-    return tuple(x.to(device, non_blocking=True) for x in (tokens, given, tau))
+    on_gpu = device.type == 'cuda'
+    return tuple((x.pin_memory() if on_gpu else x).to(device, non_blocking=True)
+                 for x in (tokens, given, tau))
 
 
-def source_mask(tokens, meta):
-    """True up to and including the first <sep>: (B, L) -> (B, L)."""
+def source_given(tokens, meta):
+    """The tokens up to and including the first <sep>, then -1: (B, L) -> (B, L)."""
     sep = tokens == meta['special']['<sep>']
-    return sep.cumsum(1) - sep.long() == 0
+    return torch.where(sep.cumsum(1) - sep.long() == 0, tokens, -1)
 
 
 def join(o):

@@ -28,8 +28,8 @@ class Options:
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
     teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
-    guide: str = ''             # flow: a student; at rest, it teaches a copy of itself one call
-    noises: int = 3             # flow, --guide: noises per row, of which the hardest is learnt
+    guide: str = ''             # a student, which at rest teaches a copy of itself one call
+    noises: int = 3             # --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student

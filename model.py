@@ -304,7 +304,7 @@ class OneHotFlow(nn.Module):
         B, L = given.shape
         E, factor, free = self.net.embed.float(), self.noise_factor(), given < 0
         clean = E[given.clamp(min=0)]                                           # (B, L, C)
-        h = self.begin(given, rng)                          # tau = 0
+        h = torch.where(free[..., None], self.noise(B, L, rng, factor), clean)  # tau = 0
         grid = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):
             now, then = grid[i].expand(B), grid[i + 1].expand(B)

@@ -101,9 +101,8 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
 
 def flow_map(student, teacher, o, device):
     """The student's loss of one iteration, as a function of tokens, given and generator."""
-    def D(h, given, tau):       # without a teacher's the student's own diagonal is the denoiser
-        return teacher.predict(h, given, tau) if o.teacher_diagonal else student.predict(
-            h, given, tau, tau)
+    def own(h, given, tau): return student.predict(h, given, tau, tau)
+    D = teacher.predict if o.teacher_diagonal else own      # else the student's own diagonal
 
     def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(len(tokens), o, rng, device)
@@ -111,12 +110,13 @@ def flow_map(student, teacher, o, device):
         # one call learns from two, which are better than nine tenths of its own jump and a leg
         target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
                   for a, b, method in ((n, edge, 'semigroup'), (edge, len(h), o.method)) if b > a]
-        if n and o.teacher_diagonal:
+        if o.teacher_diagonal:
             with torch.no_grad():
-                target.insert(0, D(h[:n], given[:n], s[:n]).softmax(-1))
-        elif n:
-            target.insert(0, F.one_hot(tokens[:n], student.config.vocab).float())
-        loss = row_cross_entropy(student.predict(h, given, s, t), torch.cat(target), given)
+                diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)
+        else:
+            diagonal = F.one_hot(tokens[:n], student.config.vocab).float()
+        target = torch.cat([diagonal, *target])
+        loss = row_cross_entropy(student.predict(h, given, s, t), target, given)
         groups = {'diagonal': loss[:n], 'one_call': loss[n:edge], 'between': loss[edge:]}
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses

@@ -277,10 +277,10 @@ class OneHotFlow(nn.Module):
         h = self.corrupt(tokens, given, tau, rng)
         return row_cross_entropy(self.predict(h, given, tau), tokens, given)
 
-    def begin(self, given, rng=None):
+    def begin(self, given, rng=None, factor=None):
         """Pure noise around the given tokens: h (B, L, C)."""
-        start = torch.zeros_like(given[:, 0], dtype=torch.float)
-        return self.corrupt(given.clamp(min=0), given, start, rng)
+        clean = self.net.embed[given.clamp(min=0)].float()
+        return torch.where(given[..., None] < 0, self.noise(*given.shape, rng, factor), clean)
 
     def one_call(self, h, given):
         """A flow map's logits (B, L, V) of the text that pure noise h stands for."""
@@ -304,7 +304,7 @@ class OneHotFlow(nn.Module):
         B, L = given.shape
         E, factor, free = self.net.embed.float(), self.noise_factor(), given < 0
         clean = E[given.clamp(min=0)]                                           # (B, L, C)
-        h = torch.where(free[..., None], self.noise(B, L, rng, factor), clean)  # tau = 0
+        h = self.begin(given, rng, factor)                                      # tau = 0
         grid = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):
             now, then = grid[i].expand(B), grid[i + 1].expand(B)

@@ -2,7 +2,7 @@
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
     python train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
-    python train_teacher.py --data data/dates --model diffuseq --code 8 --iters 2000 --decay 0.9
+    python train_teacher.py --data data/dates --model diffuseq --code 8 --iters 1500 --decay 0.9
     torchrun --standalone --nproc_per_node=8 train_teacher.py --preset small    # 12 x 768, on GPUs
 
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.

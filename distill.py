@@ -24,6 +24,7 @@ class Options:
     out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
     method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian, see flow_map_target
+    rollout: int = 8            # flow: teacher's calls the one-call map copies; 0: own two legs
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
@@ -35,7 +36,7 @@ class Options:
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
     score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
-    iters: int = 500            # optimiser iterations
+    iters: int = 300            # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
     parts: int = 0              # it is computed in so many parts; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
@@ -44,7 +45,7 @@ class Options:
     warmup: int = 50            # iterations of linear warm-up
     decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
     ema: float = 0.999          # decay of the averaged weights, which samples are drawn with
-    eval_every: int = 500       # iterations between samples at 1, 2 and 4 calls; each one saves
+    eval_every: int = 200       # iterations between samples at 1, 2 and 4 calls; each one saves
     resume: bool = False        # go on from <out>/model.pt
     seed: int = 0               # of batches and noise
     device: str = ''            # cpu, cuda or mps; default the best there is
@@ -67,7 +68,7 @@ from train_teacher import (Log, add_up, get_batch, join, load_data, optimisers, 
 # FMLM: the flow map, learnt from the teacher and from the student's own shorter legs
 
 def time_pairs(B, o, rng, device):
-    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, rows n:edge at (0, 1).
+    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge at (0, 1), for rollout.
 
     The others have t - s ~ U(0, 1) and s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813.
     """
@@ -77,7 +78,7 @@ def time_pairs(B, o, rng, device):
     s, t = u[1] * (1 - u[0]), u[1] * (1 - u[0]) + u[0]
     s[:n] = t[:n] = (u[0, 0] + torch.arange(n, device=device) / max(1, n)) % 1      # stratified
     s[n:edge], t[n:edge] = 0, 1
-    return s, t, n, edge
+    return s, t, n, edge if o.rollout else n
 
 
 @torch.no_grad()
@@ -99,24 +100,31 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     return g * first + (1 - g) * last.softmax(-1)
 
 
+def rollout(student, teacher, h, given, calls):
+    """The p (B, L, V) that the teacher comes to from pure noise h (B, L, C), in so many calls."""
+    grid = torch.linspace(0, 1, calls + 1, device=h.device)[:, None].expand(-1, len(h))
+    for now, then in zip(grid, grid[1:]):
+        p = teacher(h, given, now).softmax(-1)
+        h = student.jump(h, p, given, now, then)
+    return p
+
+
 def flow_map(student, teacher, o, device):
     """The student's loss of one iteration, as a function of tokens, given and generator."""
-    def own(h, given, tau): return student.predict(h, given, tau, tau)
-    D = teacher.predict if o.teacher_diagonal else own      # else the student's own diagonal
+    D = teacher.predict if o.teacher_diagonal else (        # else the student's own diagonal
+        lambda h, given, tau: student.predict(h, given, tau, tau))
 
     def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(len(tokens), o, rng, device)
         h = student.corrupt(tokens, given, s, rng)
-        # one call learns from two, which are better than nine tenths of its own jump and a leg
-        target = [flow_map_target(student, D, h[a:b], given[a:b], s[a:b], t[a:b], method, o.leg)
-                  for a, b, method in ((n, edge, 'semigroup'), (edge, len(h), o.method)) if b > a]
-        if o.teacher_diagonal:
-            with torch.no_grad():
-                diagonal = D(h[:n], given[:n], s[:n]).softmax(-1)
-        else:
-            diagonal = F.one_hot(tokens[:n], student.config.vocab).float()
-        target = torch.cat([diagonal, *target])
-        loss = row_cross_entropy(student.predict(h, given, s, t), target, given)
+        with torch.no_grad():
+            # at (0, 1) from the teacher alone: taught by its own legs this map drifts off its texts
+            target = [D(h[:n], given[:n], s[:n]).softmax(-1) if o.teacher_diagonal else
+                      F.one_hot(tokens[:n], student.config.vocab).float(),
+                      rollout(student, D, h[n:edge], given[n:edge], max(1, o.rollout)),
+                      flow_map_target(student, D, h[edge:], given[edge:], s[edge:], t[edge:],
+                                      o.method, o.leg)]
+        loss = row_cross_entropy(student.predict(h, given, s, t), torch.cat(target), given)
         groups = {'diagonal': loss[:n], 'one_call': loss[n:edge], 'between': loss[edge:]}
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses
@@ -203,25 +211,23 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
 # -------------------------------------------------------------------------------------------------
 # Both: a student at rest, the guide, settles what one call leaves open
 
+@torch.no_grad()
 def hardest(student, given, n, rng):
     """For each row, of n noises the one whose text the student is least sure of: h (B, L, C)."""
     tries = [student.begin(given, rng) for _ in range(n)]
-    with torch.no_grad():
-        sure = [student.one_call(h, given).log_softmax(-1).amax(-1) for h in tries]     # (B, L)
-    least = torch.stack([row_mean(x, given) for x in sure]).argmin(0)           # (B,)
-    return torch.stack(tries)[least, torch.arange(len(least))]
+    sure = torch.stack([row_mean(student.one_call(h, given).log_softmax(-1).amax(-1), given)
+                        for h in tries])                                        # (n, B)
+    return torch.stack(tries)[sure.argmin(0), torch.arange(len(given))]
 
 
 def settle(student, guide, teacher, o):
     """The loss of a copy of the guide, as above: its one call is to write what two write.
 
-    These are nine tenths of the guide's jump and, from there, a look by the teacher. A student that
-    learns from itself stays torn wherever a noise lies between two texts, and mixes their tokens;
-    the guide does not move, so what follows from its leaning to one of them can be learnt. Rows
-    far from all ties are settled already: hence the hardest noise of several.
+    A flow's: nine tenths of the guide's jump, then a look by the teacher. A diffusion's: back to
+    t = 0.5 and two looks. Who learns from himself stays torn wherever a noise lies between two
+    texts, and mixes their tokens; the guide does not move, so what follows from its leaning to one
+    of them can be learnt. Far from all ties nothing is open: hence the hardest noise of several.
     """
-    late = 1 - o.leg * (1 - START)          # diffuseq: the time of the look
-
     def losses(tokens, given, rng):
         h = hardest(student, given, o.noises, rng)
         s = torch.zeros_like(h[:, 0, 0])
@@ -230,9 +236,11 @@ def settle(student, guide, teacher, o):
                 goal = flow_map_target(guide, teacher.predict, h, given, s, s + 1, 'lagrangian',
                                        o.leg)
             else:
-                x = ddim(h, guide.generate(h, given), *torch.tensor([START, late]))
-                x = torch.where(given[..., None] < 0, x, h)
-                goal = teacher.round(teacher.predict(x, given, s + late)).softmax(-1)
+                x, x_t, free = guide.generate(h, given), h, given[..., None] < 0
+                for now, then in torch.tensor([[START, 0.5], [0.5, 0.8]]):
+                    x_t = torch.where(free, ddim(x_t, x, now, then), h)
+                    x = teacher.predict(x_t, given, s + then)
+                goal = teacher.round(x).softmax(-1)
         loss = row_cross_entropy(student.one_call(h, given), goal, given).mean()
         return loss, {'one_call': loss.detach()}
     return losses
@@ -245,8 +253,8 @@ def main(o):
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
-    if o.noises < 1:
-        fail(f'--noises {o.noises}: at least 1')
+    if o.noises < 1 or o.rollout < 0:
+        fail(f'--noises {o.noises}, --rollout {o.rollout}: at least 1, at least 0')
     rank, world = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
@@ -286,34 +294,27 @@ def main(o):
         fake = others['fake'] = Fake(teacher).to(device)
         if o.parts != world:
             fail('--parts: score distillation takes as many as there are processes; leave it out')
-        opts = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=o.score_lr,
-                                 betas=(0.0, 0.999)) for m in (student, fake)]
-        for opt in opts:
-            opt.param_groups[0]['peak'] = o.score_lr
+        opts = [torch.optim.Adam([{'params': [p for p in m.parameters() if p.requires_grad],
+                                   'peak': o.score_lr}], lr=o.score_lr, betas=(0.0, 0.999))
+                for m in (student, fake)]
         losses = score_distillation(student, teacher, fake, opts[1], o, device)
-    trained = [p for p in student.parameters() if p.requires_grad]
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     start = restore(out, student, ema, opts, **others) if o.resume else 0
     if o.compile and device.type == 'cuda':
         for net in {student.net, guide.net, teacher.net}:
             net.compile()
-    out.mkdir(parents=True, exist_ok=True)
     log = Log(out, o, start, rank)
 
     sums, best = Counter(), 0.0
     for it in range(start, o.iters + 1):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
-            figures = {}
-            for nfe in (1, 2, 4):
-                rows, _ = draw_rows(ema, meta, val, 200, nfe, seed=1)
-                figures[nfe] = health(rows, meta, data)
-                log(it, nfe=nfe, **figures[nfe])
+            for nfe in (4, 2, 1):
+                one = health(draw_rows(ema, meta, val, 200, nfe, seed=1)[0], meta, data)
+                log(it, nfe=nfe, **one)
             # one call: correct and all different, at best 1. Score distillation may swing, so its
             # best weights are kept; a flow map's are the last
-            one = figures[1]
-            quality = (one.get('valid', one.get('words', 1))
-                       * one.get('form_entropy', one.get('unique')))
+            quality = math.prod(one.get(k, 1) for k in ('valid', 'form_entropy', 'words', 'unique'))
             if flow or quality >= best:
                 best = quality
                 if rank == 0:
@@ -332,7 +333,7 @@ def main(o):
             with autocast(device):
                 loss, seen = losses(tokens, given, generator(device, o.seed, it, 1 + part))
             # not into the fake denoiser, whose own turn is past
-            (loss / o.parts).backward(inputs=trained)
+            (loss / o.parts).backward(inputs=[p for p in student.parameters() if p.requires_grad])
             sums.update({name: x * world / o.parts for name, x in seen.items()})
         sums.update(norm=update(student, ema, opts[:1] if others else opts, it, o))
         if (it + 1) % 100 == 0:

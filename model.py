@@ -477,9 +477,9 @@ def draw(p, rng=None):
 
 def row_cross_entropy(logits, target, given):
     """Mean over positions not given: logits (B, L, V), ids (B, L) or p (B, L, V) -> (B,), nats."""
-    logits = logits.transpose(1, 2)                                             # (B, V, L)
-    target = target if target.ndim == 2 else target.transpose(1, 2)
-    return row_mean(F.cross_entropy(logits, target, reduction='none'), given)
+    # tokens in one long row: (B, V, L), the other form it takes, costs a copy and slow strides
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction='none')
+    return row_mean(loss.view(given.shape), given)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -126,6 +126,9 @@ def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, toler
     want = torch.stack([exact_delta(*args) for args in zip(x, s, t)])
     assert torch.allclose(target, want, atol=tolerance)
     assert torch.allclose(target.sum(-1), torch.ones(2, 4, dtype=DOUBLE))
+    last = distill.rollout(ExactNet(), ExactNet(), x, no_given(2, 4), 400)
+    want = exact_delta(x, torch.tensor(.0, dtype=DOUBLE), torch.tensor(.999, dtype=DOUBLE))
+    assert torch.allclose(last, want, atol=.01)
 
 
 def test_bridge_mean_and_variance():
@@ -424,8 +427,7 @@ def test_bad_input_is_one_line_and_exit_2(dozen, tmp_path):
 def test_sample_writes_one_line_per_source(dozen):
     done = run('sample.py', dozen / 'student', '--n', 1, stdin='1987-03-23\n2001-12-04\n')
     assert done.returncode == 0, done.stderr
-    sources = [line.split(' -> ')[0] for line in done.stdout.splitlines()]
-    assert sources == ['1987-03-23', '2001-12-04']
+    assert [line[:10] for line in done.stdout.splitlines()] == ['1987-03-23', '2001-12-04']
 
 
 @pytest.mark.parametrize('script', [prepare_data, train_teacher, distill, sample, bench])
@@ -442,9 +444,7 @@ BUDGET = {'model.py': 600, 'train_teacher.py': 300, 'distill.py': 350, 'sample.p
 
 def test_budgets_and_width():
     for name, limit in BUDGET.items():
-        if (HERE / name).exists():
-            lines = (HERE / name).read_text(encoding='utf-8').split('\n')[:-1]
-            assert len(lines) <= limit, f'{name}: {len(lines)} lines, budget {limit}'
-            if name.endswith('.py'):
-                assert max(map(len, lines)) <= 100, name
+        lines = (HERE / name).read_text(encoding='utf-8').split('\n')[:-1]
+        assert len(lines) <= limit, f'{name}: {len(lines)} lines, budget {limit}'
+        assert name == 'README.md' or max(map(len, lines)) <= 100, name
     assert {p.name for p in HERE.glob('*.py')} <= set(BUDGET)

@@ -231,7 +231,6 @@ def main(o):
     start = restore(out, model, ema, opts) if o.resume else 0
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
-    out.mkdir(parents=True, exist_ok=True)
     log = Log(out, o, start, rank)
     size = sum(p.numel() for p in model.parameters())
     print(f'{size / 1e6:.2f}M parameters on {world} x {device}, {o.batch * meta["length"]:,} '

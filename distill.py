@@ -1,7 +1,7 @@
 """Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/teacher --guide out/dates/student   # a flow's student, once more
+    python distill.py out/dates/teacher --guide out/dates/student       # a student, once more
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
@@ -24,21 +24,21 @@ class Options:
     out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
     method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian, see flow_map_target
-    rollout: int = 8            # flow: teacher's calls the one-call map copies; 0: own two legs
+    rollout: int = 8            # flow: teacher's calls the one-call map copies; 0: as --method
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
-    teacher_diagonal: bool = True   # flow: at s = t learn from the teacher; else from data alone
-    guide: str = ''             # a student, which at rest teaches a copy of itself one call
+    teacher_diagonal: bool = True   # flow: learn from the teacher; else from data and itself
+    guide: str = ''             # a student to freeze: a copy learns its jump and a look as one
     noises: int = 3             # --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
     adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
-    score_lr: float = 3e-4      # diffuseq: peak learning rate of both networks (Adam)
+    score_lr: float = 3e-4      # diffuseq: learning rate of both networks (Adam)
     iters: int = 300            # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
-    parts: int = 0              # it is computed in so many parts; 0: one for each process
+    parts: int = 0              # parts each batch is computed in; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 6e-4            # peak learning rate of AdamW
     muon_lr: float = 0.003      # peak learning rate of Muon
@@ -68,7 +68,7 @@ from train_teacher import (Log, add_up, get_batch, join, load_data, optimisers, 
 # FMLM: the flow map, learnt from the teacher and from the student's own shorter legs
 
 def time_pairs(B, o, rng, device):
-    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge at (0, 1), for rollout.
+    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge at (0, 1), to roll out.
 
     The others have t - s ~ U(0, 1) and s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813.
     """
@@ -88,7 +88,7 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     semigroup   u in the middle, both legs by the student
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
-    One formula for the three (Eq. of semigroup_weight), no derivative, and always in the simplex.
+    One formula for the three (see semigroup_weight), no derivative, and always in the simplex.
     """
     share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
     u = s + share * (t - s)
@@ -221,12 +221,12 @@ def hardest(student, given, n, rng):
 
 
 def settle(student, guide, teacher, o):
-    """The loss of a copy of the guide, as above: its one call is to write what two write.
+    """The loss of a copy of the guide: one call is to do what guide and teacher do in two or three.
 
-    A flow's: nine tenths of the guide's jump, then a look by the teacher. A diffusion's: back to
-    t = 0.5 and two looks. Who learns from himself stays torn wherever a noise lies between two
-    texts, and mixes their tokens; the guide does not move, so what follows from its leaning to one
-    of them can be learnt. Far from all ties nothing is open: hence the hardest noise of several.
+    A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: its text, noised
+    back to t = 0.5, and two looks. A student that learns from itself stays undecided wherever a
+    noise lies between two texts, and mixes their tokens; the guide does not move, so the one that
+    it prefers can be learnt. Far from all ties nothing is open: hence the hardest of some noises.
     """
     def losses(tokens, given, rng):
         h = hardest(student, given, o.noises, rng)
@@ -253,15 +253,15 @@ def main(o):
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
-    if o.noises < 1 or o.rollout < 0:
-        fail(f'--noises {o.noises}, --rollout {o.rollout}: at least 1, at least 0')
+    if min(o.noises - 1, o.rollout, *(x * (1 - x) for x in (o.leg, o.diagonal, o.boundary))) < 0:
+        fail('--noises: from 1; --rollout: from 0; --leg, --diagonal, --boundary: from 0 to 1')
     rank, world = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config):
         fail(f'{o.teacher} is a student; distil a teacher, made by: python train_teacher.py')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
-    out = Path(o.out) if o.out else folder.with_name('one-call' if o.guide else 'student')
+    out = Path(o.out) if o.out else folder.parent / ('one-call' if o.guide else 'student')
     data = o.data or ckpt['options']['data']
     meta, train, val = load_data(data)
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
@@ -294,18 +294,17 @@ def main(o):
         fake = others['fake'] = Fake(teacher).to(device)
         if o.parts != world:
             fail('--parts: score distillation takes as many as there are processes; leave it out')
-        opts = [torch.optim.Adam([{'params': [p for p in m.parameters() if p.requires_grad],
-                                   'peak': o.score_lr}], lr=o.score_lr, betas=(0.0, 0.999))
-                for m in (student, fake)]
+        opts = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=o.score_lr,
+                                 betas=(0.0, 0.999)) for m in (student, fake)]
         losses = score_distillation(student, teacher, fake, opts[1], o, device)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
-    start = restore(out, student, ema, opts, **others) if o.resume else 0
+    kept = restore(out, student, ema, opts, **others) if o.resume else {}
+    start, best, sums = kept.get('iter', 0), kept.get('best', 0.0), Counter()
     if o.compile and device.type == 'cuda':
         for net in {student.net, guide.net, teacher.net}:
             net.compile()
     log = Log(out, o, start, rank)
 
-    sums, best = Counter(), 0.0
     for it in range(start, o.iters + 1):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
@@ -318,12 +317,12 @@ def main(o):
             if flow or quality >= best:
                 best = quality
                 if rank == 0:
-                    save(out / 'model.pt', student, ema, teacher=ckpt['options'],
+                    save(out / 'model.pt', student, ema, teacher=ckpt['options'], best=best,
                          **{name: m.state_dict() for name, m in others.items()},
                          **state(opts, it, meta, o))
             elif quality < best / 2:
                 fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
-                     '--score-lr or raise --fake-ratio')
+                     'the learning rates or raise --fake-ratio')
         if last:
             break
         cpu = generator('cpu', o.seed, it, 0)
@@ -337,13 +336,13 @@ def main(o):
             sums.update({name: x * world / o.parts for name, x in seen.items()})
         sums.update(norm=update(student, ema, opts[:1] if others else opts, it, o))
         if (it + 1) % 100 == 0:
-            means = {name: x.item() / 100 for name, x in sums.items()}
+            means = {name: x.item() / min(100, it + 1 - start) for name, x in sums.items()}
             if not all(map(math.isfinite, means.values())):
                 fail(f'no finite loss at iteration {it + 1}; lower the learning rates, --resume')
             log(it + 1, **means)
             sums.clear()
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(f'next: python sample.py {out} --compare {o.teacher}')
+    print(f'next: python sample.py {out} --compare {o.teacher}' + meta['pairs'] * ' --source "..."')
 
 
 if __name__ == '__main__':

@@ -216,7 +216,7 @@ class OneHotFlow(nn.Module):
              token's signal has energy E_k (E^T E)^-1 E_k^T, and these sum to C over the V tokens:
              only C/V of x_t's on average. So t/(1-t) shrinks by sqrt(C/V), where C < V.
     uniform  tau = t
-    number   a factor on t/(1-t) chosen by hand: above 1 where a row's tokens tell of each other
+    number   a factor on t/(1-t) chosen by hand: larger where a row's tokens tell of each other
     """
 
     def __init__(self, c):
@@ -299,7 +299,7 @@ class OneHotFlow(nn.Module):
 
         sampler  euler (a student takes its flow map instead) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (nothing at nfe 1)
-        temperature, top_p act on every prediction; watch(tau, tokens) is shown the argmax of each
+        temperature, top_p act on every prediction; watch(i, tokens) is shown the argmax of each
         """
         B, L = given.shape
         E, factor, free = self.net.embed.float(), self.noise_factor(), given < 0

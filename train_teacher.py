@@ -35,7 +35,7 @@ class Options:
     preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
     iters: int = 1200           # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
-    parts: int = 0              # it is computed in so many parts; 0: one for each process
+    parts: int = 0              # parts each batch is computed in; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 3e-3            # peak learning rate of AdamW
     muon_lr: float = 0.02       # peak learning rate of Muon
@@ -122,6 +122,9 @@ def join(o):
     """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     o.parts = o.parts or world
+    if min(o.batch, o.parts, o.warmup, o.eval_every) < 1 or min(
+            o.iters, o.seed, o.lr, o.muon_lr, o.decay, 1 - o.decay) < 0:
+        fail('--batch, --parts, --warmup, --eval-every: from 1; --decay: 0 to 1; none negative')
     if o.parts % world or o.batch % o.parts:
         fail(f'--batch {o.batch}: a multiple of --parts {o.parts}, and that of {world} processes')
     if world > 1:
@@ -158,8 +161,6 @@ def optimisers(model, o):
             fail(f'torch {torch.__version__} has no Muon yet (2.9 has); use --optimiser adamw')
         made.append(torch.optim.Muon([params[name] for name in inside], lr=o.muon_lr,
                                      weight_decay=0.0))
-    for opt in made:
-        opt.param_groups[0]['peak'] = opt.param_groups[0]['lr']
     return made
 
 
@@ -170,7 +171,7 @@ def update(model, ema, opts, it, o):
     add_up([p.grad for p in model.parameters() if p.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for opt in opts:
-        opt.param_groups[0]['lr'] = opt.param_groups[0]['peak'] * factor
+        opt.param_groups[0]['lr'] = opt.defaults['lr'] * factor     # this run's, also on --resume
         opt.step()
         opt.zero_grad(set_to_none=True)
     # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
@@ -228,7 +229,7 @@ def main(o):
         anchor=o.anchor)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
-    start = restore(out, model, ema, opts) if o.resume else 0
+    start = restore(out, model, ema, opts)['iter'] if o.resume else 0
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
     log = Log(out, o, start, rank)
@@ -280,7 +281,7 @@ def validate(model, ids, meta, device, batches=4):
 
 
 def restore(out, model, ema, opts, **others):
-    """Load <out>/model.pt into everything that trains; returns the iteration to go on from."""
+    """Load <out>/model.pt into everything that trains; returns it."""
     _, ckpt = load(out)
     try:
         model.load_state_dict(ckpt['model'])
@@ -289,9 +290,9 @@ def restore(out, model, ema, opts, **others):
             other.load_state_dict(ckpt[name])
         for opt, values in zip(opts, ckpt['optimisers'], strict=True):
             opt.load_state_dict(values)
-    except (ValueError, RuntimeError):
+    except (KeyError, ValueError, RuntimeError):
         fail(f'--resume: {out}/model.pt was made with other options; start afresh without --resume')
-    return ckpt['iter']
+    return ckpt
 
 
 if __name__ == '__main__':

@@ -290,9 +290,9 @@ def dozen(tmp_path_factory):
                   source='test', left_out=0)
     o = dict(device='cpu', batch=64, eval_every=10 ** 6)
     train_teacher.main(train_teacher.Options(data=str(folder / 'data'), out=str(folder / 'teacher'),
-                                             iters=400, layers=2, width=64, code=2, axis='1', **o))
+                                             iters=300, layers=2, width=64, code=2, axis='1', **o))
     o.update(lr=4e-3, muon_lr=0.03)
-    for more in (dict(method='lagrangian', iters=300), dict(guide=f'{folder}/student', iters=200)):
+    for more in (dict(method='lagrangian', iters=200), dict(guide=f'{folder}/student', iters=300)):
         distill.main(distill.Options(teacher=f'{folder}/teacher', **more, **o))
     return folder
 
@@ -300,11 +300,11 @@ def dozen(tmp_path_factory):
 def test_overfit_a_dozen_rows_in_one_call(dozen):
     meta, train, _ = train_teacher.load_data(dozen / 'data')
     figures = {}
-    for who in ('teacher', 'student', 'one-call'):
-        model, _ = load(dozen / who)
-        rows, _ = sample.draw_rows(model, meta, train, 200, 1, seed=0)
-        figures[who] = sample.health(rows, meta)
-    assert figures['one-call']['valid'] >= max(.8, figures['teacher']['valid'] + .2), figures
+    for who in ('teacher', 'one-call'):
+        rows, _ = sample.draw_rows(load(dozen / who)[0], meta, train, 500, 1, seed=0)
+        figures[who] = sample.health(rows, meta)['valid']
+    # .63 and .99 in trials; not 1, as noise on the border of two texts still gives their mixture
+    assert figures['teacher'] < 0.8 and figures['one-call'] > 0.95, figures
 
 
 def test_exact_resume(dozen, tmp_path, monkeypatch):
@@ -427,7 +427,7 @@ def test_bad_input_is_one_line_and_exit_2(dozen, tmp_path):
 def test_sample_writes_one_line_per_source(dozen):
     done = run('sample.py', dozen / 'student', '--n', 1, stdin='1987-03-23\n2001-12-04\n')
     assert done.returncode == 0, done.stderr
-    assert [line[:10] for line in done.stdout.splitlines()] == ['1987-03-23', '2001-12-04']
+    assert [x.split(' -> ')[0] for x in done.stdout.splitlines()] == ['1987-03-23', '2001-12-04']
 
 
 @pytest.mark.parametrize('script', [prepare_data, train_teacher, distill, sample, bench])

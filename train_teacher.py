@@ -281,7 +281,7 @@ def validate(model, ids, meta, device, batches=4):
 
 
 def restore(out, model, ema, opts, **others):
-    """Load <out>/model.pt into everything that trains; returns it."""
+    """Load <out>/model.pt into everything that trains; returns that checkpoint."""
     _, ckpt = load(out)
     try:
         model.load_state_dict(ckpt['model'])

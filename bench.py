@@ -30,7 +30,7 @@ class Options:
     nfe: tuple = ('1', '4', '64')   # network calls
     sampler: str = ''           # quality: as for sample.py
     rows: int = 500             # quality: samples per model, nfe, seed; train: rows per iteration
-    per_source: int = 1         # pairs: samples for each source; more than 1 adds self-BLEU, div-4
+    per_source: int = 1         # pairs: samples for each source; from 2: unique, self-BLEU, div-4
     seeds: int = 1              # quality: of rows and noise: 0, 1, ...
     batch: tuple = ('1', '8', '64')     # speed: rows written at once
     repeats: int = 20           # speed, train: runs to take the median of
@@ -64,8 +64,7 @@ def ngrams(ids, n):
 
 def jensen_shannon(a, b):
     """Jensen-Shannon divergence of two lists of items, in nats: 0 if alike, ln 2 if disjoint."""
-    p, q = Counter(a), Counter(b)
-    total = 0.0
+    p, q, total = Counter(a), Counter(b), 0.0
     for x in p.keys() | q.keys():
         u, v = p[x] / len(a), q[x] / len(b)
         total += sum(w / 2 * math.log(2 * w / (u + v)) for w in (u, v) if w)
@@ -96,9 +95,8 @@ def text_figures(rows, meta, real, train):
     texts = [ids for _, ids in split_rows(rows, meta)]
     figures = {f'js{n}': jensen_shannon([g for t in texts for g in ngrams(t, n)],
                                         [g for t in real for g in ngrams(t, n)]) for n in (1, 2, 3)}
-    figures['energy'] = energy_distance(texts, real)
-    figures['copied'] = sum(tuple(t) in train for t in texts) / len(texts)
-    return figures
+    return {**figures, 'energy': energy_distance(texts, real),
+            'copied': sum(tuple(t) in train for t in texts) / len(texts)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -165,10 +163,12 @@ def measure(model, meta, data, ids, o, nfe, seed, real, train):
         known = known[np.random.default_rng(seed).choice(len(known), o.rows // o.per_source)]
         tokens = known.repeat_interleave(o.per_source, dim=0)                   # (rows, L)
         rows, seconds = write(model, source_given(tokens, meta), nfe, seed, **how)
-        figures = health(rows, meta, data)
+        figures, texts = health(rows, meta, data), [text for _, text in to_texts(rows, meta)]
+        if o.per_source > 1:            # how many of the texts for one source differ
+            different = {(i // o.per_source, text) for i, text in enumerate(texts)}
+            figures['unique'] = len(different) / len(texts)
         if meta['tokenizer']['name'] != 'dates':        # there any of eight texts is right
             targets = [text for _, text in to_texts(known, meta)]
-            texts = [text for _, text in to_texts(rows, meta)]
             figures |= pair_figures(texts, targets, o.per_source)
     return {**figures, 'ms_per_row': 1000 * seconds / len(rows)}
 

@@ -29,13 +29,14 @@ class Options:
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
     teacher_diagonal: bool = True   # flow: learn from the teacher; else from data and itself
-    guide: str = ''             # a student to freeze: a copy learns its jump and a look as one
+    guide: str = ''             # a student to go on from: a copy learns its jump and a look as one
     noises: int = 3             # --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
-    adversarial: float = 0.0    # diffuseq: weight of the adversarial term; 1e-4 is the paper's
+    adversarial: float = 0.0    # diffuseq: weight of the critic; with --guide that one's stage 2
     score_lr: float = 3e-4      # diffuseq: learning rate of both networks (Adam)
+    row_noise: bool = True      # diffuseq: all positions see one noise, so need not agree on theirs
     iters: int = 300            # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
     parts: int = 0              # parts each batch is computed in; 0: one for each process
@@ -57,7 +58,7 @@ OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else No
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import (autocast, build, ddim, generator, is_student, load, pick_device,  # noqa: E402
+from model import (autocast, build, generator, is_student, load, pick_device,  # noqa: E402
                    row_cross_entropy, row_mean, save, semigroup_weight)
 from sample import draw_rows, health  # noqa: E402
 from train_teacher import (Log, add_up, get_batch, join, load_data, optimisers,  # noqa: E402
@@ -221,12 +222,12 @@ def hardest(student, given, n, rng):
 
 
 def settle(student, guide, teacher, o):
-    """The loss of a copy of the guide: one call is to do what guide and teacher do in two or three.
+    """The loss of a copy of the guide: one call is to do what guide and teacher do in several.
 
-    A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: its text, noised
-    back to t = 0.5, and two looks. A student that learns from itself stays undecided wherever a
-    noise lies between two texts, and mixes their tokens; the guide does not move, so the one that
-    it prefers can be learnt. Far from all ties nothing is open: hence the hardest of some noises.
+    A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: the guide's text is
+    noised to t = 0.5, 0.65, 0.8, for three looks. A student that learns from itself stays undecided
+    where a noise lies between two texts, and mixes their tokens; the guide does not move, so the
+    one it prefers can be learnt. Far from all ties nothing is open: hence the hardest of n noises.
     """
     def losses(tokens, given, rng):
         h = hardest(student, given, o.noises, rng)
@@ -236,10 +237,9 @@ def settle(student, guide, teacher, o):
                 goal = flow_map_target(guide, teacher.predict, h, given, s, s + 1, 'lagrangian',
                                        o.leg)
             else:
-                x, x_t, free = guide.generate(h, given), h, given[..., None] < 0
-                for now, then in torch.tensor([[START, 0.5], [0.5, 0.8]]):
-                    x_t = torch.where(free, ddim(x_t, x, now, then), h)
-                    x = teacher.predict(x_t, given, s + then)
+                x = guide.net.embed[guide.one_call(h, given).argmax(-1)]
+                for t in (s + 0.5, s + 0.65, s + 0.8):
+                    x = teacher.predict(teacher.corrupt(x, h, given, t, rng), given, t)
                 goal = teacher.round(x).softmax(-1)
         loss = row_cross_entropy(student.one_call(h, given), goal, given).mean()
         return loss, {'one_call': loss.detach()}
@@ -269,26 +269,23 @@ def main(o):
 
     torch.manual_seed(o.seed)
     flow, others = teacher.config.model == 'flm', {}
-    student = build(replace(teacher.config, dropout=0.0, two_time=flow,
-                            start=0.0 if flow else START))
+    guide = load(o.guide, device)[0].requires_grad_(False) if o.guide else None
+    if guide and not (is_student(guide.config) and
+                      torch.equal(guide.net.embed, teacher.net.embed)):
+        fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
+    one = dict(two_time=True) if flow else dict(start=START, row_noise=o.row_noise)
+    student = build(guide.config if guide else replace(teacher.config, dropout=0.0, **one))
     # a flow map's second time starts at zero, so that every student starts as its teacher
-    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-    guide = student
-    if o.guide:
-        guide, _ = load(o.guide, device)
-        if not (is_student(guide.config) and torch.equal(guide.net.embed, teacher.net.embed)):
-            fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
-        student.load_state_dict(guide.state_dict())
-        guide.requires_grad_(False)
+    student.load_state_dict({**student.state_dict(), **(guide or teacher).state_dict()})
     student.to(device)
     teacher.requires_grad_(False)
     # the embedding spans the space both networks read and write: shared, so never trained
     student.net.embed.requires_grad_(False)
     if not flow:
         student.bias.requires_grad_(False)
-    if o.guide or flow:
+    if flow or guide and not o.adversarial:
         opts = optimisers(student, o)
-        losses = (settle(student, guide, teacher, o) if o.guide else
+        losses = (settle(student, guide, teacher, o) if guide else
                   flow_map(student, teacher, o, device))
     else:
         fake = others['fake'] = Fake(teacher).to(device)
@@ -301,8 +298,8 @@ def main(o):
     kept = restore(out, student, ema, opts, **others) if o.resume else {}
     start, best, sums = kept.get('iter', 0), kept.get('best', 0.0), Counter()
     if o.compile and device.type == 'cuda':
-        for net in {student.net, guide.net, teacher.net}:
-            net.compile()
+        for model in filter(None, (student, guide, teacher)):
+            model.net.compile()
     log = Log(out, o, start, rank)
 
     for it in range(start, o.iters + 1):

@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +48,7 @@ class Config:
     axis: str = 'reader'        # tau(t): reader | paper | uniform | a number, see OneHotFlow
     two_time: bool = False      # a flow map also knows the time it jumps to
     start: float = 0.0          # diffuseq: time of the first call; a one-call student's is later
+    row_noise: bool = False     # diffuseq: its first noise is one vector for all of a row
     anchor: float = 0.0         # diffuseq: weight of the cross-entropy of the rounded prediction
 
 
@@ -224,8 +224,7 @@ class OneHotFlow(nn.Module):
         self.config = c
         self.net = Denoiser(c, out=c.vocab)
         shares = {'reader': min(1, (c.code or c.width) / c.vocab) ** 0.5, 'paper': 1, 'uniform': 1}
-        share = shares.get(c.axis) or float(c.axis)
-        ts, taus = time_axis(c.vocab, share)
+        ts, taus = time_axis(c.vocab, shares.get(c.axis) or float(c.axis))
         taus = ts if c.axis == 'uniform' else taus
         self.register_buffer('ts', ts.float(), persistent=False)
         self.register_buffer('taus', taus.float(), persistent=False)
@@ -406,7 +405,8 @@ class EmbeddingDiffusion(nn.Module):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
         clean = self.net.embed[given.clamp(min=0)].float()
         s = noise_level(torch.tensor(self.config.start))[1]
-        return torch.where(given[..., None] < 0, s * self.noise(clean, rng), clean)
+        z = self.noise(clean[:, :1] if self.config.row_noise else clean, rng)
+        return torch.where(given[..., None] < 0, s * z, clean)
 
     def generate(self, x_t, given):
         """The one-call generator: x (B, L, C), with gradient."""
@@ -510,10 +510,9 @@ def split_rows(rows, meta):
     eos, pad, sep, _ = meta['special'].values()
     for row in rows.tolist():
         source = row[:row.index(sep)] if meta['pairs'] else []
-        at = len(source) + 1 if meta['pairs'] else 0
-        while meta['pairs'] and at < len(row) and row[at] == pad:
-            at += 1
-        text = row[at:]
+        text = row[len(source) + 1:] if meta['pairs'] else row
+        while meta['pairs'] and text[:1] == [pad]:
+            text = text[1:]
         ends = [text.index(x) for x in (eos, pad) if x in text and meta['kind'] == 'rows']
         yield source, text[:min(ends, default=None)]
 
@@ -527,16 +526,18 @@ def to_texts(rows, meta, enc=None):
 def write_whole(path, data):
     """Write bytes completely or not at all: to a temporary file beside `path`, then os.replace."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        fail(f'{path}: cannot be written ({e.strerror}); make room, or name another folder')
     finally:
-        temporary.unlink(missing_ok=True)
+        os.path.exists(temporary) and os.unlink(temporary)
 
 
 def write_dataset(folder, train, val, spec, **about):
@@ -578,9 +579,8 @@ def save(path, model, ema, **more):
 
 def pick_device(name):
     """The torch.device named, else cuda, mps or cpu in this order."""
-    if not name:
-        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
-        name = 'cuda' if torch.cuda.is_available() else name
+    name = name or ('cuda' if torch.cuda.is_available() else
+                    'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -591,7 +591,7 @@ def pick_device(name):
 def autocast(device):
     """bf16 where the GPU has it, fp32 elsewhere."""
     on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    return torch.autocast('cuda', torch.bfloat16) if on else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def generator(device, *key):

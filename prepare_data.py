@@ -2,7 +2,7 @@
 
     python prepare_data.py pydocs          # offline default: the prose inside your own Python
     python prepare_data.py dates           # ISO date -> one of eight written forms, checkable
-    python prepare_data.py shakespeare     # tiny Shakespeare, over `datasets`
+    python prepare_data.py shakespeare     # tiny Shakespeare, over `datasets`; so is qqp
     python prepare_data.py mine --input a.txt b.txt.gz --tokenizer gpt2 --length 128
 
 The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the complete tokenizer and
@@ -22,6 +22,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -30,7 +31,7 @@ SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every t
 
 @dataclass
 class Options:
-    name: str = 'pydocs'    # pydocs | dates | shakespeare, or any name together with --input
+    name: str = 'pydocs'    # pydocs | dates | shakespeare | qqp, or any name with --input
     input: tuple = ()       # local .txt, .jsonl (text, or src and trg) or .parquet, plain or .gz
     tokenizer: str = 'bpe:2048'     # gpt2 | bpe:N | byte (dates has its own)
     length: int = 32        # tokens per row (dates: as many as needed)
@@ -76,8 +77,7 @@ WORDS = r' ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+'
 def train_bpe(texts, size):
     """Byte-level BPE: merge the most frequent pair of neighbours until there are `size` tokens.
 
-    Words are counted once and a pair remembers the words it occurs in, so that a merge touches
-    only those: a megabyte of text takes seconds in plain Python.
+    Words are counted once, and a merge touches only those with its pair: seconds per megabyte.
     """
     counts = Counter(word for text in texts for word in re.findall(WORDS, text))
     bar = '\u0100'                      # between pieces; bytes are the characters 0-255
@@ -111,10 +111,8 @@ def make_tokenizer(how, texts):
     if how == 'dates':
         pieces = {piece for text in texts for piece in re.findall(DATE_TOKENS, text)}
         return {'name': how, 'pattern': DATE_TOKENS, 'tokens': sorted(pieces)}
-    if how == 'byte':
-        return train_bpe([], 0)
-    if re.fullmatch(r'bpe:\d{3,5}', how) and 300 <= int(how[4:]) <= 60000:
-        return train_bpe(texts, int(how[4:]))
+    if how == 'byte' or re.fullmatch(r'bpe:\d{3,5}', how) and 300 <= int(how[4:]) <= 60000:
+        return train_bpe(texts, int(how[4:] if ':' in how else 0))
     if how != 'gpt2':
         fail(f'--tokenizer {how}: use gpt2, byte or bpe:N with N from 300 to 60000')
     import tiktoken
@@ -146,8 +144,7 @@ def date_forms(iso):
 
 def dates():
     """(source, target) pairs: each day of 1900-2099 in each of its eight forms."""
-    first, last = datetime.date(1900, 1, 1).toordinal(), datetime.date(2099, 12, 31).toordinal()
-    days = [datetime.date.fromordinal(n).isoformat() for n in range(first, last + 1)]
+    days = [str(datetime.date(1900, 1, 1) + datetime.timedelta(n)) for n in range(73049)]
     return [(day, form) for day in days for form in date_forms(day)]
 
 
@@ -160,19 +157,15 @@ def docstrings():
     for path in sorted(library.rglob('*.py')):
         if skip & set(path.relative_to(library).parts):
             continue
-        try:
+        with suppress(SyntaxError, ValueError):     # a few are templates or not UTF-8
+            kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
             nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
-        except (SyntaxError, ValueError):
-            continue                    # a few library files are templates or not UTF-8
-        for node in nodes:
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield ast.get_docstring(node) or ''
+            yield from (ast.get_docstring(x) or '' for x in nodes if isinstance(x, kinds))
     yield from (text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
 def sentences(texts):
-    """Unique sentences in order of appearance: prose only, no doctests, tables or signatures."""
-    seen = {}
+    """Yield sentences in order of appearance: prose only, no doctests, tables or signatures."""
     for paragraph in (p for text in texts for p in re.split(r'\n\s*\n|\n(?=\s*[-*]\s)', text)):
         flat = ' '.join(re.sub(r'[*`]+|^\s*-\s+', '', paragraph).split())
         for s in re.split(r'(?<=[.!?])\s+(?=[A-Z])', flat):
@@ -180,19 +173,32 @@ def sentences(texts):
             plain = sum(word.strip('.,;:()"\'!?').isalpha() for word in words)
             if (4 <= len(words) <= 60 and s[0].isupper() and s[-1] in '.!?' and s.isascii()
                     and plain >= 0.75 * len(words) and '>>>' not in s):
-                seen[s] = None
-    return list(seen)
+                yield s
 
 
-def from_hub(name, complaint, split='train', **how):
-    """datasets.load_dataset of one split, quietly, or one clear line."""
+HUB = {     # where there is parquet, for `datasets` runs no scripts any more
+    'shakespeare': dict(path='karpathy/tiny_shakespeare', revision='refs/convert/parquet'),
+    'qqp': dict(path='nyu-mll/glue', name='qqp')}       # questions asked on Quora, in pairs
+
+
+def load_texts(complaint, **how):
+    """What datasets.load_dataset has: list of str or of (source, target), or one clear line."""
     try:
         import datasets
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(50)
-        return datasets.load_dataset(name, split=split, **how)
+        table = datasets.load_dataset(**how, split='all')
     except Exception as e:              # the library and the hub's client raise dozens of kinds
         fail(f'{complaint} ({type(e).__name__})')
+    columns = set(table.column_names)
+    for a, b in ('src', 'trg'), ('question1', 'question2'):
+        if {a, b} <= columns:           # of Quora's pairs only those labelled as asking the same
+            same = table['label'] if {'question1', 'label'} <= columns else [1] * len(table)
+            rows = zip(table[a], table[b], same)
+            return list(dict.fromkeys((x, y) for x, y, ok in rows if ok == 1 and x and y))
+    if 'text' not in columns:
+        fail(f'{complaint} (records need "text", or "src" and "trg")')
+    return [t for text in table['text'] for t in (text or '').split('<|endoftext|>') if t.strip()]
 
 
 def from_files(paths):
@@ -202,18 +208,10 @@ def from_files(paths):
     builder, *more = {known.get(Path(path.removesuffix('.gz')).suffix) for path in paths}
     if more or not builder or not all(Path(path).is_file() for path in paths):
         fail(f'{where}: give existing .txt, .jsonl or .parquet files, plain or .gz, all of a kind')
+    how = {'sample_by': 'document'} if builder == 'text' else {}
     with tempfile.TemporaryDirectory() as cache:
-        table = from_hub(builder, f'{where}: cannot be read as UTF-8 {builder}; mend or convert it',
-                         data_files=list(paths), cache_dir=cache,
-                         **({'sample_by': 'document'} if builder == 'text' else {}))
-        if {'src', 'trg'} <= set(table.column_names):
-            return list(zip(table['src'], table['trg']))
-        if 'text' not in table.column_names:
-            fail(f'{where}: records need "text", or "src" and "trg"')
-        items = [t for text in table['text'] for t in (text or '').split('<|endoftext|>')]
-    if any('\0' in item for item in items):
-        fail(f'{where}: holds NUL characters, so it is not text')
-    return list(filter(str.strip, items))
+        return load_texts(f'{where}: cannot be read as UTF-8 {builder}; mend or convert it',
+                          path=builder, data_files=list(paths), cache_dir=cache, **how)
 
 
 # ---- Writing ----
@@ -247,22 +245,24 @@ def main(o):
     elif o.name == 'dates':
         items, source = dates(), 'all days of 1900-2099'
     elif o.name == 'pydocs':
-        items, source = sentences(docstrings()), f'docstrings of Python {platform.python_version()}'
-    elif o.name == 'shakespeare':
-        source = 'karpathy/tiny_shakespeare'
-        items = from_hub(source, 'the hub cannot be reached; fetch the text and run: python '
-                         'prepare_data.py shakespeare --input input.txt',
-                         split='train+validation+test', revision='refs/convert/parquet')['text']
+        source = f'docstrings of Python {platform.python_version()}'
+        items = list(dict.fromkeys(sentences(docstrings())))
+    elif o.name in HUB:
+        source = HUB[o.name]['path']
+        items = load_texts(f'{source} cannot be had from the hub; fetch it yourself, then: python '
+                           f'prepare_data.py {o.name} --input FILES', **HUB[o.name])
     else:
-        fail(f'unknown dataset {o.name!r}: use pydocs, dates, shakespeare, or your own: '
+        fail(f'unknown dataset {o.name!r}: use pydocs, dates, {", ".join(HUB)}, or your own: '
              f'python prepare_data.py {o.name} --input FILES')
-    if not len(items):
+    if not items:
         fail(f'{source}: holds no text')
 
-    # 2. tokens; no source and no sentence is in both splits
+    # 2. tokens; no sentence is in both splits, and no text of a pair
     pairs, own = isinstance(items[0], tuple), '' if o.input else o.name
     kind = 'rows' if pairs or own == 'pydocs' else 'stream'
-    texts = (text for item in items for text in (item if pairs else [item]))
+    texts = [text for item in items for text in (item if pairs else [item])]
+    if any('\0' in text for text in texts):
+        fail(f'{source}: holds NUL characters, so it is not text')
     spec = make_tokenizer(own if own == 'dates' else o.tokenizer, texts)
     enc, length = encoding(spec), 0 if own == 'dates' else o.length
     if kind == 'rows':
@@ -272,6 +272,9 @@ def main(o):
         held = set(unique[:max(1, int(o.val * len(unique)))])
         train, val = ([item for item, key in zip(items, keys) if (key in held) == side]
                       for side in (False, True))
+        if pairs:
+            seen = {text for pair in val for text in pair}
+            train = [pair for pair in train if seen.isdisjoint(pair)]
         train, length = pack_rows(enc, train or val, length)
         val, length = pack_rows(enc, val, length)
     else:
@@ -284,15 +287,12 @@ def main(o):
     # 3. files
     folder = Path(o.data) / o.name
     left_out = len(items) - (len(train) + len(val)) // length if kind == 'rows' else 0
-    try:
-        write_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length,
-                      source=source, left_out=left_out)
-    except OSError as e:
-        fail(f'{folder}: cannot be written ({e.strerror}); choose another folder with --data')
+    write_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length, source=source,
+                  left_out=left_out)
     for split, array in zip(('train', 'val'), (train, val)):
         print(f'{folder}/{split}.bin: {len(array):,} tokens, {len(array) // length:,} rows')
-    print(f'{kind} of {length} tokens, {left_out:,} too long and left out; tokenizer '
-          f'{spec["name"]}; {time.time() - start:.0f} s')
+    print(f'{kind} of {length} tokens, {left_out:,} left out (too long, or half held out); '
+          f'tokenizer {spec["name"]}; {time.time() - start:.0f} s')
     print(f'next: python train_teacher.py --data {folder}')
 
 

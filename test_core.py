@@ -24,17 +24,15 @@ from model import (Config, ancestral, bridge, build, ddim, dense_corrupt, encode
                    interpolate, jump, load, noise_level, row_cross_entropy,
                    semigroup_weight, time_axis, write_dataset)
 
-HERE = Path(__file__).parent
-DOUBLE = torch.float64
+HERE, DOUBLE = Path(__file__).parent, torch.float64
 
 
 def tiny(vocab=12, length=6, seed=0, **more):
     """A small model whose head is not zero any more."""
     torch.manual_seed(seed)
     model = build(Config(vocab, length, layers=2, heads=2, width=32, cond=16, **more))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
 
@@ -111,7 +109,6 @@ class ExactNet:
         return torch.stack(rows).log()
 
     predict = __call__
-
     t_of = staticmethod(lambda tau: tau)
     jump = staticmethod(lambda h, p, given, s, t: jump(h, p, s[:, None, None], t[:, None, None]))
 
@@ -256,8 +253,7 @@ def test_first_call_sees_pure_noise_at_tau_0(monkeypatch):
     model.sample(no_given(2000, 6), 2)
     h, tau = seen[0]
     assert (tau == 0).all() and len(seen) == 2
-    E = model.net.embed.detach()
-    want = E.T @ E
+    want = (model.net.embed.T @ model.net.embed).detach()
     assert (torch.cov(h.flatten(0, 1).T) - want).abs().max() < 0.08 * want.diagonal().max()
 
 
@@ -343,23 +339,26 @@ def test_prepare_text_pairs_and_bpe(tmp_path):
     assert enc.decode(enc.encode_ordinary('Any bytes: \u00e9\u4e16')) == 'Any bytes: \u00e9\u4e16'
 
     pairs = tmp_path / 'b.jsonl'
-    pairs.write_text('\n'.join(json.dumps({'src': f'what is {i}', 'trg': f'tell me {i}'})
+    asked = [{'question1': 'a?', 'question2': f'{x}?', 'label': x} for x in (0, 1, 1)]
+    pairs.write_text('\n'.join(map(json.dumps, asked)))
+    assert prepare_data.from_files([str(pairs)]) == [('a?', '1?')]
+    pairs.write_text('\n'.join(json.dumps({'src': f'what is {i}', 'trg': f'tell me {i // 2}'})
                                for i in range(50)))
     prepare_data.main(prepare_data.Options(name='pairs', input=(str(pairs),), tokenizer='byte',
                                            length=24, data=str(tmp_path)))
-    meta, train, _ = train_teacher.load_data(tmp_path / 'pairs')
-    rows = torch.from_numpy(np.array(train).astype(np.int64)).view(-1, 24)
-    source, target = sample.to_texts(rows[:1], meta)[0]
-    assert source.replace('what is', 'tell me') == target
-    assert (train_teacher.source_given(rows, meta)[0] >= 0).sum() == len(source) + 1
+    meta, *ids = train_teacher.load_data(tmp_path / 'pairs')
+    rows = [torch.from_numpy(np.array(x).astype(np.int64)).view(-1, 24) for x in ids]
+    train, val = (sample.to_texts(x, meta) for x in rows)
+    assert all(target == f'tell me {int(source[8:]) // 2}' for source, target in train + val)
+    assert set(sum(train, ())).isdisjoint(sum(val, ()))         # so not all 45 that are left
+    assert (train_teacher.source_given(rows[0], meta)[0] >= 0).sum() == len(train[0][0]) + 1
 
 
 def test_dates_are_exact():
     pairs = prepare_data.dates()
     assert len(pairs) == 73049 * 8 and pairs[0][0] == '1900-01-01' and pairs[-1][0] == '2099-12-31'
     assert all(len(set(prepare_data.date_forms(day))) == 8 for day, _ in pairs[::8])
-    spec = date_spec()
-    enc = encoding(spec)
+    enc = encoding(spec := date_spec())
     for day, form in pairs[::1000]:
         assert enc.decode(encode(enc, spec, form)) == form
 
@@ -374,6 +373,7 @@ def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(dozen, t
     teacher, student = (load(tmp_path / who)[0] for who in ('teacher', 'student'))
     assert torch.equal(teacher.net.embed, student.net.embed)
     assert torch.equal(teacher.bias, student.bias)
+    assert student.begin(no_given(2, 6)).var(1).max() < 1e-9        # one noise for all positions
     assert not torch.equal(teacher.net.head.weight, student.net.head.weight)
 
 

@@ -30,6 +30,7 @@ class Options:
     mbr: int = 0                # for each source: write the one of so many rows most like the rest
     seed: int = 0               # of the noise
     sampler: str = ''           # flm: euler | bridge (teacher); diffuseq: ancestral | ddim
+    clamp: bool = False         # diffuseq: every guess goes to the nearest embedding
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
     temperature: float = 1.0    # of every prediction
     top_p: float = 1.0          # keep the most likely tokens of this total probability
@@ -175,8 +176,8 @@ def check(o, meta, config):
     samplers = ['ancestral', 'ddim'] if config.model == 'diffuseq' else ['euler', 'bridge']
     if o.sampler and o.sampler not in samplers[:1 if config.two_time else 2]:
         fail(f'--sampler {o.sampler}: use {samplers[0]}, or with a teacher {samplers[1]}')
-    if config.model == 'diffuseq' and (o.gamma, o.temperature, o.top_p) != (0, 1, 1):
-        fail('--gamma, --temperature and --top-p are for flows; this model has --sampler alone')
+    if (o.gamma, o.temperature, o.top_p) != (0, 1, 1) if config.model == 'diffuseq' else o.clamp:
+        fail('--gamma, --temperature and --top-p are for flows, --clamp is for diffusions')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')
@@ -203,7 +204,7 @@ def main(o):
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
         return compare(model, teacher, meta, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc) if o.watch else None)
-    how |= {'sampler': o.sampler} if o.sampler else {}
+    how |= {name: value for name in ('sampler', 'clamp') if (value := getattr(o, name))}
     if model.config.model == 'flm':
         how |= dict(gamma=o.gamma, temperature=o.temperature, top_p=o.top_p)
     rows, seconds = write(model, given, o.nfe, o.seed, **how)

@@ -283,6 +283,7 @@ def main(o):
     student.net.embed.requires_grad_(False)
     if not flow:
         student.bias.requires_grad_(False)
+    # with the critic a guide is no guide, but where stage 2 starts; its fake is the teacher again
     if flow or guide and not o.adversarial:
         opts = optimisers(student, o)
         losses = (settle(student, guide, teacher, o) if guide else

@@ -485,7 +485,7 @@ def row_cross_entropy(logits, target, given):
 # -------------------------------------------------------------------------------------------------
 # Tokenizers, files and checkpoints: tensors and plain values only
 
-FORMAT = 1      # of checkpoints
+FORMAT = 2      # of checkpoints
 
 
 def encoding(spec):

@@ -272,7 +272,7 @@ def main(o):
         held = set(unique[:max(1, int(o.val * len(unique)))])
         train, val = ([item for item, key in zip(items, keys) if (key in held) == side]
                       for side in (False, True))
-        if pairs:
+        if pairs:                       # a question may be asked in several
             seen = {text for pair in val for text in pair}
             train = [pair for pair in train if seen.isdisjoint(pair)]
         train, length = pack_rows(enc, train or val, length)
@@ -291,7 +291,7 @@ def main(o):
                   left_out=left_out)
     for split, array in zip(('train', 'val'), (train, val)):
         print(f'{folder}/{split}.bin: {len(array):,} tokens, {len(array) // length:,} rows')
-    print(f'{kind} of {length} tokens, {left_out:,} left out (too long, or half held out); '
+    print(f'{kind} of {length} tokens, {left_out:,} left out (too long, or with a text of val); '
           f'tokenizer {spec["name"]}; {time.time() - start:.0f} s')
     print(f'next: python train_teacher.py --data {folder}')
 

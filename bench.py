@@ -163,13 +163,12 @@ def measure(model, meta, data, ids, o, nfe, seed, real, train):
         known = known[np.random.default_rng(seed).choice(len(known), o.rows // o.per_source)]
         tokens = known.repeat_interleave(o.per_source, dim=0)                   # (rows, L)
         rows, seconds = write(model, source_given(tokens, meta), nfe, seed, **how)
-        figures, texts = health(rows, meta, data), [text for _, text in to_texts(rows, meta)]
-        if o.per_source > 1:            # how many of the texts for one source differ
-            different = {(i // o.per_source, text) for i, text in enumerate(texts)}
-            figures['unique'] = len(different) / len(texts)
+        figures, pairs = health(rows, meta, data), to_texts(rows, meta)
+        if o.per_source > 1:            # as health counts it for other texts than dates
+            figures['unique'] = len(set(pairs)) / len(pairs)
         if meta['tokenizer']['name'] != 'dates':        # there any of eight texts is right
             targets = [text for _, text in to_texts(known, meta)]
-            figures |= pair_figures(texts, targets, o.per_source)
+            figures |= pair_figures([text for _, text in pairs], targets, o.per_source)
     return {**figures, 'ms_per_row': 1000 * seconds / len(rows)}
 
 

@@ -510,11 +510,11 @@ def split_rows(rows, meta):
     eos, pad, sep, _ = meta['special'].values()
     for row in rows.tolist():
         source = row[:row.index(sep)] if meta['pairs'] else []
-        text = row[len(source) + 1:] if meta['pairs'] else row
-        while meta['pairs'] and text[:1] == [pad]:
-            text = text[1:]
-        ends = [text.index(x) for x in (eos, pad) if x in text and meta['kind'] == 'rows']
-        yield source, text[:min(ends, default=None)]
+        at = len(source) + 1 if meta['pairs'] else 0
+        while meta['pairs'] and row[at:at + 1] == [pad]:
+            at += 1
+        ends = [row.index(x, at) for x in (eos, pad) if x in row[at:] and meta['kind'] == 'rows']
+        yield source, row[at:min(ends, default=None)]
 
 
 def to_texts(rows, meta, enc=None):

@@ -300,7 +300,7 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
         rows, _ = sample.draw_rows(load(dozen / who)[0], meta, train, 500, 1, seed=0)
         figures[who] = sample.health(rows, meta)['valid']
     # .63 and .99 in trials; not 1, as noise on the border of two texts still gives their mixture
-    assert figures['teacher'] < 0.8 and figures['one-call'] > 0.95, figures
+    assert figures['one-call'] >= max(0.95, figures['teacher'] + 0.2), figures
 
 
 def test_exact_resume(dozen, tmp_path, monkeypatch):

@@ -1,15 +1,16 @@
 """How good are the samples, at how many network calls, and how fast?
 
     python bench.py quality out/dates/teacher out/dates/student --nfe 1 4 64
-    python bench.py quality out/pydocs/teacher out/pydocs/student --rows 1000 --seeds 3
+    python bench.py quality out/pydocs/student out/pydocs-mdlm/teacher --scorer out/scorer/teacher
     python bench.py speed out/pydocs/teacher out/pydocs/student --nfe 1 64
     python bench.py train --vocab 50257 --rows 64       # one training step, two formulations
 
-Prints a Markdown table, of several seeds the mean and in brackets half the range, and writes the
-same figures as JSON to <out>. No language model scores another here: samples are compared with the
-validation text itself, beside that text's own other half and a copy of it with its tokens shuffled.
-Times are medians after warm-up, beside the least time that this machine's own measured rates allow.
+Prints a Markdown table, of several seeds the mean and in brackets half the range; the figures go to
+<out> as JSON, of texts as a picture too. Samples are held against one half of the validation text,
+beside that text's other half and a copy of this in random order. Times of `speed` are medians after
+warm-up, beside the least time that this machine's own measured rates allow.
 """
+import importlib
 import json
 import math
 import platform
@@ -19,21 +20,22 @@ import timeit
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 
 from prepare_data import fail, parse
-
 
 @dataclass
 class Options:
     what: tuple = ()            # quality CHECKPOINTS (of the same data) | speed CHECKPOINTS | train
     nfe: tuple = ('1', '4', '64')   # network calls
-    sampler: str = ''           # quality: as for sample.py
+    sampler: str = ''           # quality: of the teachers, as for sample.py
     rows: int = 500             # quality: samples per model, nfe, seed; train: rows per iteration
     per_source: int = 1         # pairs: samples for each source; from 2: unique, self-BLEU, div-4
-    seeds: int = 1              # quality: of rows and noise: 0, 1, ...
+    seeds: int = 1              # quality: of rows and noise: 0, 1, ...; {seed} in CHECKPOINTS too
+    scorer: str = ''            # quality: gen_ppl under this: an ar checkpoint or a hub's name
     batch: tuple = ('1', '8', '64')     # speed: rows written at once
-    repeats: int = 20           # speed, train: runs to take the median of
     vocab: int = 50257          # train: V of the network, which is made anew
     length: int = 128           # train: L
     layers: int = 4             # train: transformer blocks
@@ -42,17 +44,15 @@ class Options:
     device: str = ''            # cpu, cuda or mps; default the best there is
     compile: bool = True        # speed, train: torch.compile, on CUDA only
 
-
 OPTIONS = parse(Options, positional='what') if __name__ == '__main__' else None
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import (Config, autocast, build, dense_corrupt, load, pick_device,  # noqa: E402
-                   split_rows, to_texts, write_whole)
-from sample import draw_rows, health, write  # noqa: E402
-from train_teacher import load_data, source_given  # noqa: E402
+from model import Config, build, is_student, load, split_rows, write_rows, write_whole  # noqa: E402
+from sample import health, to_texts, write  # noqa: E402
+from train_teacher import autocast, load_data, pick_device, up_to  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------
 # Distances between samples and real text, on token ids; repetition cannot fool them
@@ -60,7 +60,6 @@ from train_teacher import load_data, source_given  # noqa: E402
 def ngrams(ids, n):
     """All n-grams of a list, as tuples."""
     return list(zip(*(ids[i:] for i in range(n))))
-
 
 def jensen_shannon(a, b):
     """Jensen-Shannon divergence of two lists of items, in nats: 0 if alike, ln 2 if disjoint."""
@@ -70,79 +69,87 @@ def jensen_shannon(a, b):
         total += sum(w / 2 * math.log(2 * w / (u + v)) for w in (u, v) if w)
     return total
 
-
 def energy_distance(a, b, dim=512):
     """2 E|x-y| - E|x-x'| - E|y-y'| over rows' bags of 1- and 2-grams, hashed to `dim` counts.
 
     a, b lists of rows (lists of ids). Unbiased: about 0, even below, for rows of the same law.
     """
-    def bags(rows):
-        x = np.zeros((len(rows), dim), np.float32)
-        for i, row in enumerate(rows):
-            for gram in ngrams(row, 1) + ngrams(row, 2):
-                # a multiplicative hash of our own: Python's differs from run to run for strings
-                x[i, sum((v + 1) * m for v, m in zip(gram, (2654435761, 40503))) % dim] += 1
-        return torch.from_numpy(x)
+    def bag(row):
+        hashes = [sum((v + 1) * m for v, m in zip(gram, (2654435761, 40503))) % dim
+                  for gram in ngrams(row, 1) + ngrams(row, 2)]
+        return torch.bincount(torch.tensor(hashes, dtype=torch.long), minlength=dim).float()
 
     def mean(x, y, same):
         return torch.cdist(x, y).double().sum() / (len(x) * (len(y) - same))
-    x, y = bags(a), bags(b)
+    x, y = (torch.stack([bag(row) for row in rows]) for rows in (a, b))
     return (2 * mean(x, y, 0) - mean(x, x, 1) - mean(y, y, 1)).item()
 
-
-def text_figures(rows, meta, real, train):
+def text_figures(rows, meta, real, train, score):
     """Rows (B, L) against `real`, a list of id lists, and `train`, a set of tuples: a dict."""
     texts = [ids for _, ids in split_rows(rows, meta)]
     figures = {f'js{n}': jensen_shannon([g for t in texts for g in ngrams(t, n)],
                                         [g for t in real for g in ngrams(t, n)]) for n in (1, 2, 3)}
+    figures |= {'gen_ppl': math.exp(score(rows).mean())} if score else {}
     return {**figures, 'energy': energy_distance(texts, real),
+            'self_bleu': self_bleu([' '.join(map(str, t)) for t in texts[:50]]),
             'copied': sum(tuple(t) in train for t in texts) / len(texts)}
 
+def load_scorer(name, meta, device):
+    """A function: rows (B, L) -> -log p of tokens up to <eos>, under a model that wrote none."""
+    if (Path(name) / 'model.pt').is_file():
+        model, ckpt = load(name, device)
+        if model.config.model != 'ar' or ckpt['meta']['tokenizer'] != meta['tokenizer']:
+            fail(f'--scorer {name}: needs --model ar and the tokenizer of the models it scores')
+        return lambda rows: torch.cat([model.token_loss(part)[up_to(part, meta, '<eos>') >= 0]
+                                       for part in rows.to(device).split(256)])
+    hub = library('transformers')           # its models read text, in tokens of their own
+    try:
+        tokens = hub.AutoTokenizer.from_pretrained(name)
+        model = hub.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    except (OSError, ValueError) as e:
+        fail(f'--scorer {name}: neither an ar checkpoint nor one of the hub ({type(e).__name__})')
+
+    def nats(text):
+        ids = tokens(tokens.bos_token + text, return_tensors='pt').input_ids.to(device)
+        return F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction='none')
+    return lambda rows: torch.cat([nats(text) for _, text in to_texts(rows, meta)])
 
 # -------------------------------------------------------------------------------------------------
 # Pairs: scores of sequence-to-sequence text, words split at spaces
 
 def library(name):
     """An optional package, or one clear line."""
-    import importlib
     try:
         return importlib.import_module(name)
     except ImportError:
         fail(f'these scores need it: pip install {name.split(".")[0].replace("_", "-")}')
 
-
 def bleu(text, references):
     """Sentence BLEU, smoothing method 4, in [0, 1]: what DiffuSeq and DLM-One report."""
-    score = library('nltk.translate.bleu_score')
-    return score.sentence_bleu([r.split() for r in references], text.split(),
-                               smoothing_function=score.SmoothingFunction().method4)
-
+    nltk = library('nltk.translate.bleu_score')
+    return nltk.sentence_bleu([r.split() for r in references], text.split(),
+                              smoothing_function=nltk.SmoothingFunction().method4)
 
 def distinct(texts, n):
     """Share of distinct n-grams among all n-grams of some texts (dist-1 of one text, div-4)."""
     grams = [g for text in texts for g in ngrams(text.split(), n)]
     return len(set(grams)) / max(1, len(grams))
 
-
 def self_bleu(texts):
     """Mean BLEU of each text against the others: 1 if all are the same."""
     return statistics.mean(bleu(t, texts[:i] + texts[i + 1:]) for i, t in enumerate(texts))
 
-
 def pair_figures(texts, targets, per_source):
-    """Texts, `per_source` in a row for each of the targets -> a dict of means."""
+    """Texts, `per_source` in a row for the same target, and their targets -> a dict of means."""
     rouge = library('rouge_score.rouge_scorer').RougeScorer(['rougeL'])
-    both = list(zip(texts, [t for t in targets for _ in range(per_source)]))
-    figures = {'bleu': statistics.mean(bleu(text, [target]) for text, target in both),
-               'rouge_l': statistics.mean(rouge.score(target, text)['rougeL'].fmeasure
-                                          for text, target in both),
-               'dist1': statistics.mean(distinct([text], 1) for text in texts)}
+    each = [(bleu(text, [target]), rouge.score(target, text)['rougeL'].fmeasure,
+             distinct([text], 1)) for text, target in zip(texts, targets)]
+    figures = dict(zip(('bleu', 'rouge_l', 'dist1'), map(statistics.mean, zip(*each))))
     if per_source > 1:
         groups = [texts[i:i + per_source] for i in range(0, len(texts), per_source)]
         figures['self_bleu'] = statistics.mean(map(self_bleu, groups))
         figures['div4'] = statistics.mean(distinct(group, 4) for group in groups)
     return figures
-
 
 # -------------------------------------------------------------------------------------------------
 
@@ -150,72 +157,79 @@ def as_rows(ids, L):
     """Flat ids of a .bin file -> its whole rows (n, L)."""
     return torch.from_numpy(np.asarray(ids[:len(ids) // L * L], np.int64)).view(-1, L)
 
-
-def measure(model, meta, data, ids, o, nfe, seed, real, train):
+def measure(model, meta, data, ids, o, nfe, seed, *compared):
     """All figures of one model at one nfe and seed: a dict."""
-    how = {'sampler': o.sampler} if o.sampler else {}
+    known, each = as_rows(ids, meta['length']), o.per_source if meta['pairs'] else 1
+    known = known[np.random.default_rng(seed).choice(len(known), o.rows // each)]
+    known = known.repeat_interleave(each, dim=0)        # (rows, L), every source `each` times
+    given = up_to(known, meta, '<sep>') if meta['pairs'] else torch.full_like(known, -1)
+    how = {'sampler': o.sampler} if o.sampler and not is_student(model.config) else {}
+    rows, seconds = write(model, given, nfe, seed, **how)
+    figures, pairs = health(rows, meta, data), to_texts(rows, meta)
     if not meta['pairs']:
-        rows, seconds = draw_rows(model, meta, ids, o.rows, nfe, seed, **how)
-        figures = {**health(rows, meta, data), **text_figures(rows, meta, real, train)}
-    else:
-        # known targets, so not draw_rows: every source stands per_source times in a row
-        known = as_rows(ids, meta['length'])
-        known = known[np.random.default_rng(seed).choice(len(known), o.rows // o.per_source)]
-        tokens = known.repeat_interleave(o.per_source, dim=0)                   # (rows, L)
-        rows, seconds = write(model, source_given(tokens, meta), nfe, seed, **how)
-        figures, pairs = health(rows, meta, data), to_texts(rows, meta)
-        if o.per_source > 1:            # as health counts it for other texts than dates
-            figures['unique'] = len(set(pairs)) / len(pairs)
-        if meta['tokenizer']['name'] != 'dates':        # there any of eight texts is right
-            targets = [text for _, text in to_texts(known, meta)]
-            figures |= pair_figures([text for _, text in pairs], targets, o.per_source)
+        figures |= text_figures(rows, meta, *compared)
+    elif meta['tokenizer']['name'] != 'dates':          # there any of eight texts is right
+        texts, targets = ([text for _, text in to_texts(x, meta)] for x in (rows, known))
+        figures |= pair_figures(texts, targets, each)
+    if each > 1:                                        # as health counts it for other texts
+        figures['unique'] = len(set(pairs)) / len(pairs)
     return {**figures, 'ms_per_row': 1000 * seconds / len(rows)}
 
-
-def references(ids, meta, data, real, train, seed=0):
-    """The same figures for real text that was not compared with, and for a shuffled copy of it."""
-    rows = as_rows(ids, meta['length'])
-    shuffled, rng = rows.clone(), np.random.default_rng(seed)
-    # same tokens in every row, so whatever tells the two apart sees order, not just words
-    for row, (_, text) in zip(shuffled, split_rows(rows, meta)):
-        row[:len(text)] = torch.from_numpy(rng.permutation(text))
-    return {name: {**health(r, meta, data), **text_figures(r, meta, real, train)}
-            for name, r in (('held-out text', rows), ('the same, shuffled', shuffled))}
-
-
+@torch.no_grad()
 def quality(o, paths, device):
     """The figures of every model, nfe and seed, after those of real text: lines of a table."""
     lines, meta = [], None
     for path in paths:
-        model, ckpt = load(path, device)
+        models = [load(path.replace('{seed}', str(seed)), device) for seed in range(o.seeds)]
+        model, ckpt = models[0]
         data = ckpt.get('teacher', ckpt['options'])['data']
         if meta and ckpt['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'{path}: has another tokenizer than {paths[0]}; compare like with like')
         if not meta:
             meta, train_ids, val = load_data(data)
-            real, train = [], set()
+            real, train, score = [], set(), o.scorer and load_scorer(o.scorer, meta, device)
             if not meta['pairs']:
                 # samples meet one half of the text; the other half shows what real text scores
                 L, half = meta['length'], len(val) // 2 // meta['length'] * meta['length']
                 real = [ids for _, ids in split_rows(as_rows(val[:half], L), meta)]
                 train = {tuple(ids) for _, ids in split_rows(as_rows(train_ids, L), meta)}
-                lines += [(name, '', [figures]) for name, figures in
-                          references(val[half:], meta, data, real, train).items()]
-        for nfe in map(int, o.nfe):
-            runs = [measure(model, meta, data, val, o, nfe, seed, real, train)
-                    for seed in range(o.seeds)]
+                other = as_rows(val[half:], L)[:o.rows]
+                mixed, rng = other.clone(), np.random.default_rng(0)
+                for row, (_, text) in zip(mixed, split_rows(other, meta)):
+                    row[:len(text)] = torch.from_numpy(rng.permutation(text))
+                # same tokens in every row: whatever tells the two apart sees order, not just words
+                for name, x in ('held-out text', other), ('the same, shuffled', mixed):
+                    lines.append((name, '', [{**health(x, meta, data),
+                                              **text_figures(x, meta, real, train, score)}]))
+        for nfe in [meta['length']] if model.config.model == 'ar' else map(int, o.nfe):
+            runs = [measure(model, meta, data, val, o, nfe, seed, real, train, score)
+                    for seed, (model, _) in enumerate(models)]
             lines.append((path, nfe, runs))
             print(f'{path}, nfe {nfe}: done', flush=True)
     return lines
 
+def picture(lines, path):
+    """Energy distance to the validation text against calls and against seconds, as an SVG."""
+    plt = library('matplotlib.pyplot')
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
+    for ax, x in zip(axes, ('network calls', 'ms_per_row')):
+        for name in dict.fromkeys(name for name, nfe, _ in lines if nfe):
+            points = [np.mean([(run.get(x, nfe), run['energy']) for run in runs], axis=0)
+                      for other, nfe, runs in lines if other == name]
+            ax.loglog(*zip(*points), 'o-', label=name)
+        ax.axhline(lines[0][2][0]['energy'], color='gray', ls=':', label=lines[0][0])
+        ax.set_xlabel(x.replace('_', ' ')), ax.grid(alpha=0.3)
+    axes[0].set_ylabel('energy distance to real text')
+    axes[1].legend(fontsize=9)
+    figure.savefig(path, metadata={'Date': None})
 
 # -------------------------------------------------------------------------------------------------
 # Speed. Work is timed on the device itself, after warm-up; compilation is part of the warm-up
 
-def median_time(work, device, repeats):
-    """Median seconds of work()."""
+def median_time(work, device):
+    """Median seconds of work(), of twenty after three."""
     times = []
-    for i in range(3 + repeats):
+    for i in range(23):
         if device.type == 'cuda':
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record(), work(), end.record()
@@ -225,16 +239,14 @@ def median_time(work, device, repeats):
             times.append(timeit.timeit(work, number=1))
     return statistics.median(times[3:])
 
-
 def machine_rates(device):
     """What the machine reaches: FLOP/s of a large product, bytes/s read or written by a copy."""
     n, size = (8192, 2 ** 28) if device.type == 'cuda' else (1024, 2 ** 26)     # size in floats
     bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported()
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     x, y = torch.empty(2, size, device=device)
-    return (2 * n ** 3 / median_time(lambda: a @ a, device, 10),
-            2 * x.nbytes / median_time(lambda: y.copy_(x), device, 5))          # read and written
-
+    return (2 * n ** 3 / median_time(lambda: a @ a, device),
+            2 * x.nbytes / median_time(lambda: y.copy_(x), device))          # read and written
 
 def call_floor(model, rows, flops, bandwidth):
     """The least seconds of one network call: its weights must be read, its products computed."""
@@ -245,7 +257,6 @@ def call_floor(model, rows, flops, bandwidth):
     work = 2 * each * c.length + 4 * c.layers * c.length ** 2 * c.width         # per row
     return max(sum(p.nbytes for p in weights.values()) / bandwidth, rows * work / flops)
 
-
 def speed(o, paths, device):
     """Time to write `batch` rows in `nfe` calls, nothing given: lines of a table."""
     (flops, bandwidth), lines = machine_rates(device), []
@@ -254,27 +265,22 @@ def speed(o, paths, device):
         model, _ = load(path, device)
         if o.compile and device.type == 'cuda':
             model.net.compile()
-        for nfe in map(int, o.nfe):
-            for rows in map(int, o.batch):
-                nothing = torch.full((rows, model.config.length), -1, device=device)
-                work = partial(model.sample, nothing, nfe)
-                with autocast(device):
-                    took = median_time(work, device, o.repeats)
-                floor = nfe * call_floor(model, rows, flops, bandwidth)
-                lines.append((path, nfe, [{
-                    'batch': rows, 'ms': 1000 * took, 'rows_per_s': rows / took,
-                    'floor_ms': 1000 * floor, 'times_floor': took / floor}]))
-            print(f'{path}, nfe {nfe}: done', flush=True)
+        for nfe, rows in product(map(int, o.nfe), map(int, o.batch)):
+            nothing = torch.full((rows, model.config.length), -1, device=device)
+            with autocast(device):
+                took = median_time(partial(write_rows, model, nothing, nfe), device)
+            floor = nfe * call_floor(model, rows, flops, bandwidth)
+            lines.append((path, nfe, [{
+                'batch': rows, 'ms': 1000 * took, 'rows_per_s': rows / took,
+                'floor_ms': 1000 * floor, 'times_floor': took / floor}]))
+            print(f'{path}, nfe {nfe}, {rows} rows: done', flush=True)
     return lines
-
 
 def dense_loss(model, tokens, given, tau):
     """The loss as published code computes it: one-hot rows, V normals per token, all (B, L, V)."""
-    onehot = F.one_hot(tokens, model.config.vocab).float()                      # (B, L, V)
-    t = model.t_of(tau)[:, None, None]
-    h = dense_corrupt(onehot, torch.randn_like(onehot), t, model.net.embed.float())
+    onehot, t = F.one_hot(tokens, model.config.vocab).float(), model.t_of(tau)[:, None, None]
+    h = ((1 - t) * torch.randn_like(onehot) + t * onehot) @ model.net.embed.float()
     return -(onehot * model.predict(h, given, tau).log_softmax(-1)).sum(-1).mean(1)
-
 
 def training_step(o, how, name):
     """Forward and backward of one formulation: its time, tokens/s and peak memory, a dict."""
@@ -296,17 +302,15 @@ def training_step(o, how, name):
         return (torch.cuda.max_memory_allocated() if device.type == 'cuda' else
                 1024 * getrusage(RUSAGE_SELF).ru_maxrss)
     before = peak()
-    took = median_time(work, device, o.repeats)
+    took = median_time(work, device)
     return {'rows': o.rows, 'ms': 1000 * took, 'tokens_per_s': tokens.numel() / took,
             'peak_GB': (peak() - before) / 1e9}
-
 
 def train_speed(o, _, device):
     """Both formulations of a training step, each in a process of its own for its peak memory."""
     with get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
         return [(how, '', [pool.apply(training_step, (o, how, device.type))])
                 for how in ('dense', 'projected')]
-
 
 def table(lines):
     """[(name, nfe, [figures, one per seed])] -> a Markdown table."""
@@ -323,12 +327,11 @@ def table(lines):
         text.append(f'| {name} | {nfe} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(text)
 
-
 def main(o):
     what, *paths = o.what or ('',)
-    numbers = (*o.nfe, *o.batch, o.rows, o.seeds, o.repeats, o.length, o.layers)
-    if not all(str(n).isdigit() and int(n) for n in numbers):
-        fail('--nfe, --batch, --rows, --seeds, --repeats, --length, --layers: whole numbers from 1')
+    if not all(str(n).isdigit() and int(n)
+               for n in (*o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers)):
+        fail('--nfe, --batch, --rows, --seeds, --length, --layers: whole numbers from 1')
     if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
         fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
     if not 1 <= o.per_source <= o.rows or o.vocab < 8 or o.width % 8:
@@ -338,12 +341,13 @@ def main(o):
     print('\n' + table(lines))
     about = {'device': torch.cuda.get_device_name() if device.type == 'cuda' else str(device),
              'cpu': platform.processor() or platform.machine(), 'torch': torch.__version__,
-             'threads': torch.get_num_threads(), 'options': asdict(o)}
-    about['runs'] = [dict(model=str(name), nfe=nfe, seeds=runs) for name, nfe, runs in lines]
+             'threads': torch.get_num_threads(), 'options': asdict(o),
+             'runs': [dict(model=str(name), nfe=nfe, seeds=runs) for name, nfe, runs in lines]}
     out = o.out or f'out/{what}.json'
     write_whole(out, json.dumps(about, indent=1).encode())
+    if what == 'quality' and 'energy' in lines[0][2][0]:
+        picture(lines, Path(out).with_suffix('.svg'))
     print(f'\nwrote {out}')
-
 
 if __name__ == '__main__':
     main(OPTIONS)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from prepare_data import fail, parse
 
-
 @dataclass
 class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
@@ -52,18 +51,15 @@ class Options:
     device: str = ''            # cpu, cuda or mps; default the best there is
     compile: bool = True        # torch.compile, on CUDA only
 
-
 OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else None
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import (autocast, build, generator, is_student, load, pick_device,  # noqa: E402
-                   row_cross_entropy, row_mean, save, semigroup_weight)
+from model import build, is_student, load, row_cross_entropy, row_mean, save  # noqa: E402
 from sample import draw_rows, health  # noqa: E402
-from train_teacher import (Log, add_up, get_batch, join, load_data, optimisers,  # noqa: E402
-                           restore, state, update)
-
+from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
+                           load_data, optimisers, pick_device, restore, state, update)
 
 # -------------------------------------------------------------------------------------------------
 # FMLM: the flow map, learnt from the teacher and from the student's own shorter legs
@@ -81,6 +77,9 @@ def time_pairs(B, o, rng, device):
     s[n:edge], t[n:edge] = 0, 1
     return s, t, n, edge if o.rollout else n
 
+def semigroup_weight(s, u, t):
+    """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813."""
+    return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
 
 @torch.no_grad()
 def flow_map_target(student, teacher, h, given, s, t, method, leg):
@@ -100,15 +99,13 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
     return g * first + (1 - g) * last.softmax(-1)
 
-
 def rollout(student, teacher, h, given, calls):
-    """The p (B, L, V) that the teacher comes to from pure noise h (B, L, C), in so many calls."""
-    grid = torch.linspace(0, 1, calls + 1, device=h.device)[:, None].expand(-1, len(h))
+    """The p (B, L, V) that the teacher comes to from pure noise h (B, L, C), in calls as of ab2."""
+    grid, p = torch.linspace(0, 1, calls + 1, device=h.device)[:, None].expand(-1, len(h)), None
     for now, then in zip(grid, grid[1:]):
-        p = teacher(h, given, now).softmax(-1)
-        h = student.jump(h, p, given, now, then)
+        p, last = teacher(h, given, now).softmax(-1), p
+        h = student.jump(h, p if last is None else 1.5 * p - 0.5 * last, given, now, then)
     return p
-
 
 def flow_map(student, teacher, o, device):
     """The student's loss of one iteration, as a function of tokens, given and generator."""
@@ -130,12 +127,10 @@ def flow_map(student, teacher, o, device):
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses
 
-
 # -------------------------------------------------------------------------------------------------
 # DLM-One: score distillation of a diffusion into a generator
 
 START = 1 - 1491 / 2000     # where the generator's noise lies: s/a = 2.5, as in SiD
-
 
 def score_gap(x, real, fake, alpha=1.0, loss='sid'):
     """What the student minimises at each position, up to a weight: (B, L, C) three times -> (B, L).
@@ -150,7 +145,6 @@ def score_gap(x, real, fake, alpha=1.0, loss='sid'):
         return ((fake - real).detach() * x).mean(-1)
     gap = real - fake
     return ((1 - alpha) * gap.square() + gap * (fake - x)).mean(-1)
-
 
 class Fake(torch.nn.Module):
     """The fake denoiser psi, which follows what the student writes, with a critic in its middle."""
@@ -171,7 +165,6 @@ class Fake(torch.nn.Module):
         """The clean x it sees in x_t (B, L, C), and per row the logit of "real" (B,)."""
         x = self.model.predict(x_t, given, t)
         return x, row_mean(self.critic(self.middle)[..., 0], given)
-
 
 def score_distillation(student, teacher, fake, fake_opt, o, device):
     """The student's loss of one iteration, as a function; it first lets the fake catch up."""
@@ -208,7 +201,6 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses
 
-
 # -------------------------------------------------------------------------------------------------
 # Both: a student at rest, the guide, settles what one call leaves open
 
@@ -219,7 +211,6 @@ def hardest(student, given, n, rng):
     sure = torch.stack([row_mean(student.one_call(h, given).log_softmax(-1).amax(-1), given)
                         for h in tries])                                        # (n, B)
     return torch.stack(tries)[sure.argmin(0), torch.arange(len(given))]
-
 
 def settle(student, guide, teacher, o):
     """The loss of a copy of the guide: one call is to do what guide and teacher do in several.
@@ -245,7 +236,6 @@ def settle(student, guide, teacher, o):
         return loss, {'one_call': loss.detach()}
     return losses
 
-
 # -------------------------------------------------------------------------------------------------
 
 def main(o):
@@ -258,8 +248,8 @@ def main(o):
     rank, world = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
-    if is_student(teacher.config):
-        fail(f'{o.teacher} is a student; distil a teacher, made by: python train_teacher.py')
+    if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
+        fail(f'{o.teacher}: distil a teacher of flm or diffuseq, made by: python train_teacher.py')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
     out = Path(o.out) if o.out else folder.parent / ('one-call' if o.guide else 'student')
     data = o.data or ckpt['options']['data']
@@ -341,7 +331,6 @@ def main(o):
             sums.clear()
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
     print(f'next: python sample.py {out} --compare {o.teacher}' + meta['pairs'] * ' --source "..."')
-
 
 if __name__ == '__main__':
     main(OPTIONS)

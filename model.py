@@ -11,17 +11,16 @@ Conventions, used everywhere in this repository:
 The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
 each of the L positions. The network's first layer is linear, so all it ever sees of x_t is
 h = x_t E, E (V x C) its embedding table. We keep h alone: noise is drawn directly as z F with
-F^T F = E^T E, a clean token is a row of E, and Euler steps, flow maps and bridges act on h as they
-do on x, for they are affine in x. So nothing of size (B, L, V) exists on the input side, and a
-one-hot flow is an embedding-space flow whose noise has covariance E^T E.
+F^T F = E^T E, a clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act
+on h as on x. So nothing of size (B, L, V) exists on the input side.
 """
 import io
 import json
 import math
 import os
 import platform
-import re
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prepare_data import SPECIAL, fail
-
 
 @dataclass
 class Config:
@@ -41,16 +39,15 @@ class Config:
     heads: int = 4
     width: int = 128            # D
     code: int = 0               # C, channels of the embedding E (V x C); 0: as the width
-    model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion)
+    model: str = 'flm'          # flm | diffuseq; baselines: mdlm | ar
     cond: int = 128             # width of the time conditioning
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
-    axis: str = 'reader'        # tau(t): reader | paper | uniform | a number, see OneHotFlow
+    axis: str = 'measured'      # tau(t): measured | reader | paper | uniform | a number
     two_time: bool = False      # a flow map also knows the time it jumps to
     start: float = 0.0          # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False     # diffuseq: its first noise is one vector for all of a row
     anchor: float = 0.0         # diffuseq: weight of the cross-entropy of the rounded prediction
-
 
 # -------------------------------------------------------------------------------------------------
 # The denoiser, used by every model: noisy rows h (B, L, C) at time tau (B,) -> (B, L, V or C)
@@ -63,26 +60,25 @@ def sinusoid(tau, dim=256):
     angles = tau[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): turn channel pairs by angles that grow with position."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
-
 class Block(nn.Module):
-    """Bidirectional attention and MLP, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
+    """Attention (ar: causal) and MLP, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
 
     def __init__(self, c):
         super().__init__()
         self.heads, self.gate, self.dropout = c.heads, c.gate, c.dropout
+        self.causal = c.model == 'ar'
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
         self.out = nn.Linear(c.width, c.width, bias=False)
         self.up = nn.Linear(c.width, 4 * c.width)
         self.down = nn.Linear(4 * c.width, c.width)
         self.ada = nn.Linear(c.cond, 6 * c.width)
 
-    def forward(self, x, cond, cos, sin):
+    def forward(self, x, cond, cos, sin, cache=None, at=0):
         B, L, D = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(cond)[:, None].chunk(6, dim=-1)
         y = F.layer_norm(x, (D,)) * (1 + scale1) + shift1
@@ -90,13 +86,15 @@ class Block(nn.Module):
         # unit-size queries and keys bound the attention logits: the learning rate may be large
         q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)      # (B, heads, L, D/heads)
         k = rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v)
+        if cache is not None:           # ar: one token is new, of those before it these are kept
+            cache[:, :, :, at:at + L] = torch.stack([k, v])
+            k, v = cache[:, :, :, :at + L].to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
         y = self.out(y.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
         x = x + (self.gate + gate1) * F.dropout(y, self.dropout, self.training)
         y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
         y = self.down(F.gelu(self.up(y)))
         return x + (self.gate + gate2) * F.dropout(y, self.dropout, self.training)
-
 
 class Denoiser(nn.Module):
     """The transformer. It owns the embedding table E, in whose row space the noisy rows live."""
@@ -107,8 +105,8 @@ class Denoiser(nn.Module):
         self.embed = nn.Parameter(torch.empty(c.vocab, C))                      # E (V, C)
         self.into = nn.Linear(C, c.width, bias=False) if C != c.width else nn.Identity()
         self.position = nn.Parameter(torch.empty(c.length, c.width))
-        # added where a token is given. Few channels are spent on what noise must decide, and would
-        # hardly tell the digits of a source apart: there each token has a vector of its own
+        # added where a token is given: of its own, where E has few channels, since these are spent
+        # on what noise must decide and would hardly tell the digits of a source apart
         self.known = nn.Embedding(1 + (c.vocab if c.code else 1), c.width)      # 0: to write
         self.time, *to = (
             nn.Sequential(nn.Linear(256, c.cond), nn.SiLU(), nn.Linear(c.cond, c.cond))
@@ -127,8 +125,7 @@ class Denoiser(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        # as large as the noise beside it: what a noisy token means depends on where it stands, and
-        # small positions (0.02, the usual value) take hundreds of iterations to be heard
+        # as large as the noise beside it: 0.02, as usual, takes hundreds of iterations to be heard
         nn.init.normal_(self.position)
         nn.init.normal_(self.known.weight)
         # zero: the time modulates nothing yet, every token is equally likely, and a fresh target
@@ -137,18 +134,20 @@ class Denoiser(nn.Module):
                       *([self.time_to[2]] if c.two_time else [])]:
             nn.init.zeros_(layer.weight)
 
-    def forward(self, h, given, tau, tau_to=None):
-        """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32."""
+    def forward(self, h, given, tau, tau_to=None, cache=None, at=0):
+        """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32.
+
+        ar: with a cache (layers, 2, B, heads, length, D/heads), h holds the positions from `at` on.
+        """
         known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
-        x = self.into(h) + self.position[:h.shape[1]] + known                   # (B, L, D)
+        here = slice(at, at + h.shape[1])
+        x = self.into(h) + self.position[here] + known                          # (B, L, D)
         cond = self.time(sinusoid(tau))                                         # (B, cond)
         cond = F.silu(cond if tau_to is None else cond + self.time_to(sinusoid(tau_to)))
-        cos, sin = self.cos[:h.shape[1]], self.sin[:h.shape[1]]
-        for block in self.blocks:
-            x = block(x, cond, cos, sin)
+        for block, kept in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
+            x = block(x, cond, self.cos[here], self.sin[here], kept, at)
         shift, scale = self.ada(cond)[:, None].chunk(2, dim=-1)
         return self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).float()
-
 
 # -------------------------------------------------------------------------------------------------
 # Pure functions: the mathematics, testable on toys with known answers. t, s, u broadcast.
@@ -163,7 +162,6 @@ def right_token(t, K, share=1.0):
     log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])    # (n, 100)
     return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
 
-
 def time_axis(K, share=1.0, knots=1001):
     """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, from 0 to 1."""
     ts = torch.linspace(0, 1, knots, dtype=torch.float64)
@@ -172,13 +170,11 @@ def time_axis(K, share=1.0, knots=1001):
     # flat at both ends to machine precision: a slight slope keeps t(0) = 0, t(1) = 1, one-to-one
     return ts, (1 - 1e-4) * taus + 1e-4 * ts
 
-
 def interpolate(x, xs, ys):
     """Piecewise linear y(x) through knots (xs, ys), xs rising; x of any shape."""
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     w = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + w * (ys[i] - ys[i - 1])
-
 
 def jump(x, p, s, t):
     """X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p: an Euler step for p = D_s, the flow map for
@@ -187,23 +183,11 @@ def jump(x, p, s, t):
     keep = (1 - t) / (1 - s).clamp(min=1e-6)
     return keep * x + (1 - keep) * p
 
-
-def semigroup_weight(s, u, t):
-    """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813."""
-    return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
-
-
 def bridge(x, e, t, s, noise):
     """Draw x_s, s > t, given x_t and the clean e: N(a x + b e, v I), arXiv:2605.13681."""
     a = t / s * ((1 - s) / (1 - t)) ** 2
     v = (1 - s) ** 2 * (1 - a * t / s)
     return a * x + (s - a * t) * e + v.clamp(min=0).sqrt() * noise
-
-
-def dense_corrupt(onehot, eps, t, E):
-    """For reference only: h = ((1-t) eps + t onehot) E with (B, L, V) noise and one-hot rows."""
-    return ((1 - t) * eps + t * onehot) @ E
-
 
 # -------------------------------------------------------------------------------------------------
 # FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
@@ -211,23 +195,34 @@ def dense_corrupt(onehot, eps, t, E):
 class OneHotFlow(nn.Module):
     """The flow of one-hot tokens, seen through E, on one of these time axes:
 
-    paper    tau rises as the error of argmax over x_t falls, arXiv:2602.16813
-    reader   the same for who reads h = x_t E instead. Whitened by its noise covariance E^T E, a
-             token's signal has energy E_k (E^T E)^-1 E_k^T, and these sum to C over the V tokens:
-             only C/V of x_t's on average. So t/(1-t) shrinks by sqrt(C/V), where C < V.
-    uniform  tau = t
-    number   a factor on t/(1-t) chosen by hand: larger where a row's tokens tell of each other
+    paper     tau rises as the error of argmax over x_t falls, arXiv:2602.16813
+    reader    the same for who reads h = x_t E. Whitened by its noise covariance E^T E, a token's
+              signal has E_k (E^T E)^-1 E_k^T of its energy, mean C/V: t/(1-t) times sqrt(C/V)
+    measured  at first as `reader`, then as the loss of this very network falls (refit), so that
+              any part of the way decides as many nats as another
+    uniform   tau = t
+    number    a factor on t/(1-t) chosen by hand
     """
 
     def __init__(self, c):
         super().__init__()
         self.config = c
         self.net = Denoiser(c, out=c.vocab)
-        shares = {'reader': min(1, (c.code or c.width) / c.vocab) ** 0.5, 'paper': 1, 'uniform': 1}
+        reader = min(1, (c.code or c.width) / c.vocab) ** 0.5
+        shares = dict(reader=reader, measured=reader, paper=1, uniform=1)
         ts, taus = time_axis(c.vocab, shares.get(c.axis) or float(c.axis))
         taus = ts if c.axis == 'uniform' else taus
         self.register_buffer('ts', ts.float(), persistent=False)
-        self.register_buffer('taus', taus.float(), persistent=False)
+        self.register_buffer('taus', taus.float(), persistent=c.axis == 'measured')
+
+    def refit(self, losses):
+        """Let tau rise as the loss falls, whose means over n equal parts of tau are given: (n,)."""
+        n, loss = len(losses), F.pad(torch.cummin(losses, 0).values, (1, 1))    # mid-part; 0 at 1
+        loss[0] = 1.5 * loss[1] - 0.5 * loss[2]                                 # at tau = 0
+        knots = ((torch.arange(-1, n + 1, device=loss.device) + 0.5) / n).clamp(0, 1)
+        # half of the old axis: it keeps the new one rising, and a rough measure does little harm
+        fallen = 0.5 * (1 - loss / loss[0]) + 0.5 * knots
+        self.taus.copy_(interpolate(self.taus, knots, fallen))
 
     def t_of(self, tau):
         return interpolate(tau, self.taus, self.ts)
@@ -291,45 +286,33 @@ class OneHotFlow(nn.Module):
         s, t = self.t_of(tau_s)[:, None, None], self.t_of(tau_t)[:, None, None]
         return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed.float(), s, t), h)
 
-    @torch.no_grad()
-    def sample(self, given, nfe, rng=None, sampler='euler', gamma=0.0, temperature=1.0, top_p=1.0,
-               watch=None):
-        """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
+    def calls(self, given, nfe, rng, choose, sampler='euler', gamma=0.0):
+        """Yield what each network call would write; choose(logits) -> p, both (B, L, V).
 
-        sampler  euler (a student takes its flow map instead) | bridge
+        sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (nothing at nfe 1)
-        temperature, top_p act on every prediction; watch(i, tokens) is shown the argmax of each
         """
         B, L = given.shape
-        E, factor, free = self.net.embed.float(), self.noise_factor(), given < 0
-        clean = E[given.clamp(min=0)]                                           # (B, L, C)
-        h = self.begin(given, rng, factor)                                      # tau = 0
-        grid = torch.linspace(0, 1, nfe + 1, device=h.device)
-        for i in range(nfe):
-            now, then = grid[i].expand(B), grid[i + 1].expand(B)
-            s, t = self.t_of(grid[i]), self.t_of(grid[i + 1])
+        factor, last = self.noise_factor(), None
+        h = clean = self.begin(given, rng, factor)                              # tau = 0
+        for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)):
+            t = self.t_of(then)
             # gamma: land nearer the data, at r, so that scaling by t/r leaves room for fresh noise:
             # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
             r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
-            to = self.tau_of(r).expand(B) if gamma else then
-            logits = self.predict(h, given, now, to if self.config.two_time else None)
-            logits = logits / temperature
-            logits[..., -2:] = -torch.inf                       # <sep> and <bos> are never written
-            p = nucleus(logits.softmax(-1), top_p)                              # (B, L, V)
-            if watch:
-                watch(i, torch.where(free, p.argmax(-1), given))
-            if i == nfe - 1:
-                break
+            now, to = now.expand(B), (self.tau_of(r) if gamma else then).expand(B)
+            p = choose(self.predict(h, given, now, to if self.config.two_time else None))
+            tokens = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
+            yield tokens
             if sampler == 'bridge':
-                h_next = bridge(h, E[draw(p, rng)], s, t, self.noise(B, L, rng, factor))
+                e, s = self.net.embed[tokens].float(), self.t_of(now)[:, None, None]
+                h = bridge(h, e, s, t, self.noise(B, L, rng, factor))
             else:
-                h_next = jump(h, p @ E, s, r)
+                ahead = 0.5 * (p - last) if sampler == 'ab2' and last is not None else 0
+                h, last = self.jump(h, p + ahead, given, now, to), p
                 if gamma:
-                    h_next = t / r * h_next + gamma * (1 - t) * self.noise(B, L, rng, factor)
-            h = torch.where(free[..., None], h_next, clean)
-        last = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
-        return torch.where(free, last, given)
-
+                    h = t / r * h + gamma * (1 - t) * self.noise(B, L, rng, factor)
+            h = torch.where(given[..., None] < 0, h, clean)
 
 # -------------------------------------------------------------------------------------------------
 # DiffuSeq and DLM-One: diffusion of embeddings (teacher) and its one-call generator (start > 0)
@@ -343,7 +326,6 @@ def noise_level(t):
     keep = ((1 - (1 - t + 1e-4).sqrt()) / 0.99).clamp(2e-7, 1)
     return keep.sqrt(), (1 - keep).sqrt()
 
-
 def ancestral(x_t, x, t, s, noise):
     """Draw x_s, s > t, given x_t and the clean x: the exact posterior for any stride."""
     (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
@@ -351,12 +333,10 @@ def ancestral(x_t, x, t, s, noise):
     mean = (a_s * (1 - keep) * x + keep.sqrt() * s_s ** 2 * x_t) / s_t ** 2
     return mean + ((1 - keep) * s_s ** 2 / s_t ** 2).sqrt() * noise
 
-
 def ddim(x_t, x, t, s):
     """Move x_t to time s along the clean x, without fresh noise (arXiv:2010.02502)."""
     (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
     return a_s * x + s_s / s_t * (x_t - a_t * x)
-
 
 class EmbeddingDiffusion(nn.Module):
     """DiffuSeq (arXiv:2210.08933): Gaussian diffusion of embeddings; the network guesses x.
@@ -416,49 +396,113 @@ class EmbeddingDiffusion(nn.Module):
         """Its logits (B, L, V)."""
         return self.round(self.generate(x_t, given))
 
-    @torch.no_grad()
-    def sample(self, given, nfe, rng=None, sampler='ancestral', clamp=False, watch=None):
-        """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
+    def calls(self, given, nfe, rng, choose, sampler='ancestral', clamp=False):
+        """As a flow's calls; sampler: ancestral | ddim, both right for any stride.
 
-        sampler  ancestral | ddim, both right for any stride;  watch(i, tokens) sees each guess
         clamp    every guess goes to the nearest embedding before it is used
         """
-        E, free = self.net.embed.float(), given < 0
-        clean = E[given.clamp(min=0)]                                           # (B, L, C)
-        grid = torch.linspace(self.config.start, 1, nfe + 1, device=clean.device)
-        x_t = self.begin(given, rng)
-        for i in range(nfe):
-            x_t = torch.where(free[..., None], x_t, clean)
-            x = self.predict(x_t, given, grid[i].expand(len(given)))
-            # <sep> and <bos>, the last two, are never written
-            written = torch.where(free, self.round(x)[..., :-2].argmax(-1), given)
-            if watch:
-                watch(i, written)
+        E = self.net.embed.float()
+        x_t = clean = self.begin(given, rng)
+        for t, s in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=E.device)):
+            x = self.predict(x_t, given, t.expand(len(given)))
+            yield choose(self.round(x)).argmax(-1)
             if clamp:
                 x = E[(x @ E.T - E.square().sum(-1) / 2).argmax(-1)]
-            if i + 1 < nfe:
-                x_t = (ddim(x_t, x, grid[i], grid[i + 1]) if sampler == 'ddim' else
-                       ancestral(x_t, x, grid[i], grid[i + 1], self.noise(clean, rng)))
-        return written
-
+            x_t = (ddim(x_t, x, t, s) if sampler == 'ddim' else
+                   ancestral(x_t, x, t, s, self.noise(clean, rng)))
+            x_t = torch.where(given[..., None] < 0, x_t, clean)
 
 # -------------------------------------------------------------------------------------------------
-# What both models share
+# The baselines, on tokens themselves: the same network, all it sees is given
+
+class MaskedDiffusion(nn.Module):
+    """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.net = Denoiser(c, out=c.vocab)
+
+    def predict(self, seen, cache=None, at=0):
+        """Logits (B, L, V) of the tokens behind those seen (B, L), of which -1 is a mask."""
+        h = torch.where(seen[..., None] < 0, 0, self.net.embed[seen.clamp(min=0)])
+        return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), cache=cache, at=at)  # no time
+
+    def loss(self, tokens, given, t, rng=None):
+        """Bound on -log p, nats per position not given: the guesses' own over 1 - t (B,)."""
+        hide = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
+        seen = torch.where(hide & (given < 0), -1, tokens)
+        loss = token_cross_entropy(self.predict(seen), tokens) / (1 - t[:, None]).clamp(min=1e-3)
+        return row_mean(torch.where(seen < 0, loss, 0), given)
+
+    def calls(self, given, nfe, rng, choose):
+        """As a flow's calls: each writes a share of the masks."""
+        seen, p = given, None
+        for t, s in pairwise(torch.linspace(0, 1, nfe + 1, device=given.device)):
+            if p is None or now.any():          # else nothing was written: the guess stays
+                p = choose(self.predict(seen))
+            tokens = draw(p, rng)
+            yield torch.where(seen < 0, tokens, seen)
+            # of the masks left at time t a share of (s - t) / (1 - t) goes by time s
+            now = torch.rand(given.shape, generator=rng, device=given.device) < (s - t) / (1 - t)
+            now, seen = now & (seen < 0), torch.where(now & (seen < 0), tokens, seen)
+
+class Autoregressive(MaskedDiffusion):
+    """Writes from left to right: at each position it sees those before, and predicts its token."""
+
+    def token_loss(self, tokens):
+        """-log p of each token given all before it: (B, L) -> (B, L), nats."""
+        before = F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab - 1)
+        return token_cross_entropy(self.predict(before), tokens)
+
+    def loss(self, tokens, given, tau=None, rng=None):
+        """Mean of them over positions not given: (B,)."""
+        return row_mean(self.token_loss(tokens), given)
+
+    def calls(self, given, nfe, rng, choose):
+        """As a flow's calls, but L of them, whatever nfe says."""
+        c, (B, L) = self.config, given.shape
+        cache = self.net.head.weight.new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
+        row = torch.full((B, L + 1), c.vocab - 1, device=given.device)          # <bos> and the row
+        for at in range(L):
+            p = choose(self.predict(row[:, at:at + 1], cache, at))
+            row[:, at + 1] = torch.where(given[:, at] < 0, draw(p, rng)[:, 0], given[:, at])
+            yield row[:, 1:]
+
+# -------------------------------------------------------------------------------------------------
+# What the models share
 
 def build(config):
     """The model a Config describes."""
-    return (EmbeddingDiffusion if config.model == 'diffuseq' else OneHotFlow)(config)
+    return {'flm': OneHotFlow, 'diffuseq': EmbeddingDiffusion, 'mdlm': MaskedDiffusion,
+            'ar': Autoregressive}[config.model](config)
 
+@torch.no_grad()
+def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=None, **how):
+    """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
+
+    temperature, top_p act on every prediction; watch(i, tokens) sees what each call would write.
+    """
+    def choose(logits):
+        logits = logits / temperature
+        logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
+        return nucleus(logits.softmax(-1), top_p)
+
+    nfe = given.shape[1] if model.config.model == 'ar' else nfe
+    # in this order zip does not ask for a state after the last call
+    for i, tokens in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
+        tokens = torch.where(given < 0, tokens, given)
+        if watch:
+            watch(i, tokens)
+    return tokens
 
 def is_student(config):
     """Whether a model has been distilled: a flow map, or a generator that starts late."""
     return config.two_time or config.start > 0
 
-
 def row_mean(x, given):
     """Mean of x (B, L) over the positions not given: (B,)."""
     return torch.where(given < 0, x, 0).sum(1) / (given < 0).sum(1).clamp(min=1)
-
 
 def nucleus(p, top_p):
     """Keep the most likely tokens of total probability top_p: (..., V) -> (..., V)."""
@@ -469,41 +513,30 @@ def nucleus(p, top_p):
     p = torch.zeros_like(p).scatter(-1, order, sorted_p)
     return p / p.sum(-1, keepdim=True)
 
-
 def draw(p, rng=None):
     """One token per position: (B, L, V) -> (B, L)."""
     return torch.multinomial(p.flatten(0, 1), 1, generator=rng).view(p.shape[:-1])
 
-
 def row_cross_entropy(logits, target, given):
     """Mean over positions not given: logits (B, L, V), ids (B, L) or p (B, L, V) -> (B,), nats."""
-    # tokens in one long row: (B, V, L), the other form it takes, costs a copy and slow strides
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction='none')
-    return row_mean(loss.view(given.shape), given)
+    return row_mean(token_cross_entropy(logits, target), given)
 
+def token_cross_entropy(logits, target):
+    """The same at each position: (B, L)."""
+    # tokens in a long row: its other form, (B, V, L), costs a copy and slow strides
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction='none')
+    return loss.view(logits.shape[:2])
 
 # -------------------------------------------------------------------------------------------------
 # Tokenizers, files and checkpoints: tensors and plain values only
 
 FORMAT = 2      # of checkpoints
-
-
 def encoding(spec):
     """The tiktoken.Encoding of a dict {name, pattern, tokens as latin-1 strings in rank order}."""
     import tiktoken
     ranks = {token.encode('latin-1'): i for i, token in enumerate(spec['tokens'])}
     return tiktoken.Encoding(spec['name'], pat_str=spec['pattern'], mergeable_ranks=ranks,
                              special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIAL)})
-
-
-def encode(enc, spec, text):
-    """Token ids of `text`; ValueError names the first piece that the tokenizer lacks."""
-    if spec['name'] == 'dates':         # no byte fallback here: every piece must be a token itself
-        for piece in re.findall(spec['pattern'] + '|.', text, re.S):
-            if piece not in spec['tokens']:
-                raise ValueError(f'{piece!r} is not in the vocabulary of this model')
-    return enc.encode_ordinary(text)
-
 
 def split_rows(rows, meta):
     """Rows (B, L) -> per row (ids of the source, ids of the text up to its <eos> or a <pad>)."""
@@ -516,15 +549,8 @@ def split_rows(rows, meta):
         ends = [row.index(x, at) for x in (eos, pad) if x in row[at:] and meta['kind'] == 'rows']
         yield source, row[at:min(ends, default=None)]
 
-
-def to_texts(rows, meta, enc=None):
-    """Rows (B, L) -> list of (source, text)."""
-    enc = enc or encoding(meta['tokenizer'])
-    return [(enc.decode(source), enc.decode(text)) for source, text in split_rows(rows, meta)]
-
-
 def write_whole(path, data):
-    """Write bytes completely or not at all: to a temporary file beside `path`, then os.replace."""
+    """Write bytes or an array completely or not at all: to a file beside it, then os.replace."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -537,8 +563,7 @@ def write_whole(path, data):
     except OSError as e:
         fail(f'{path}: cannot be written ({e.strerror}); make room, or name another folder')
     finally:
-        os.path.exists(temporary) and os.unlink(temporary)
-
+        temporary.unlink(missing_ok=True)
 
 def write_dataset(folder, train, val, spec, **about):
     """folder/{train,val}.bin, then meta.json: a folder that has a meta.json is complete."""
@@ -546,10 +571,9 @@ def write_dataset(folder, train, val, spec, **about):
     meta = {'format': 1, 'name': Path(folder).name, 'vocab': V + len(SPECIAL), **about,
             'special': {name: V + i for i, name in enumerate(SPECIAL)}, 'train_tokens': len(train),
             'val_tokens': len(val), 'python': platform.python_version(), 'tokenizer': spec}
-    write_whole(Path(folder) / 'train.bin', train.tobytes())
-    write_whole(Path(folder) / 'val.bin', val.tobytes())
+    write_whole(Path(folder) / 'train.bin', train)
+    write_whole(Path(folder) / 'val.bin', val)
     write_whole(Path(folder) / 'meta.json', json.dumps(meta).encode())
-
 
 def load(path, device='cpu'):
     """model.pt or its folder -> (averaged model in eval mode, checkpoint dict), or one line."""
@@ -566,7 +590,6 @@ def load(path, device='cpu'):
         fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt
 
-
 def save(path, model, ema, **more):
     """A checkpoint file, whole or not at all; `more` holds tensors and plain values."""
     ckpt = {'format': FORMAT, 'config': asdict(model.config), 'model': model.state_dict(),
@@ -575,26 +598,3 @@ def save(path, model, ema, **more):
     buffer = io.BytesIO()
     torch.save(ckpt, buffer)
     write_whole(path, buffer.getbuffer())
-
-
-def pick_device(name):
-    """The torch.device named, else cuda, mps or cpu in this order."""
-    name = name or ('cuda' if torch.cuda.is_available() else
-                    'mps' if torch.backends.mps.is_available() else 'cpu')
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        fail(f'--device {name} is not available; leave it out to use what there is')
-    return torch.device(name)
-
-
-def autocast(device):
-    """bf16 where the GPU has it, fp32 elsewhere."""
-    on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
-
-
-def generator(device, *key):
-    """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator(device).manual_seed(int(seed))

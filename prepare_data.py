@@ -2,7 +2,7 @@
 
     python prepare_data.py pydocs          # offline default: the prose inside your own Python
     python prepare_data.py dates           # ISO date -> one of eight written forms, checkable
-    python prepare_data.py shakespeare     # tiny Shakespeare, over `datasets`; so is qqp
+    python prepare_data.py lm1b            # from the hub; so are owt, shakespeare, qqp
     python prepare_data.py mine --input a.txt b.txt.gz --tokenizer gpt2 --length 128
 
 The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the complete tokenizer and
@@ -13,6 +13,7 @@ import argparse
 import ast
 import calendar
 import datetime
+import os
 import platform
 import pydoc_data.topics
 import random
@@ -26,19 +27,19 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every tokenizer
+import numpy as np
 
+SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every tokenizer
 
 @dataclass
 class Options:
-    name: str = 'pydocs'    # pydocs | dates | shakespeare | qqp, or any name with --input
+    name: str = 'pydocs'    # pydocs | dates | lm1b | owt | shakespeare | qqp, or any with --input
     input: tuple = ()       # local .txt, .jsonl (text, or src and trg) or .parquet, plain or .gz
-    tokenizer: str = 'bpe:2048'     # gpt2 | bpe:N | byte (dates has its own)
-    length: int = 32        # tokens per row (dates: as many as needed)
-    val: float = 0.1        # share held out for validation; of a stream, its end
+    tokenizer: str = ''     # gpt2 | bpe:N | byte; default bpe:2048, lm1b and owt gpt2
+    length: int = 0         # tokens per row; default 32, lm1b 128, owt 1024, dates as needed
+    val: float = 0.1        # share held out, at most; of a stream its end, as in the papers
     data: str = 'data'      # folder that receives <name>/
     seed: int = 0           # of the choice of the rows held out
-
 
 # ---- The command line of every script; torch is not needed for -h ----
 
@@ -47,12 +48,11 @@ def fail(message):
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     raise SystemExit(2)
 
-
-def parse(options, positional='', presets=None, argv=None):
+def parse(options, positional=''):
     """A dataclass of defaults -> its instance from the command line; comments are the help."""
     module = sys.modules[options.__module__]
     source = Path(module.__file__).read_text(encoding='utf-8').split('class Options:')[1]
-    told = dict(re.findall(r'^    (\w+): .*?# (.*)$', source.split('\n\n\n')[0], re.M))
+    told = dict(re.findall(r'^    (\w+): .*?# (.*)$', source.split('\n\n')[0], re.M))
     parser = argparse.ArgumentParser(description=module.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f'{message} (-h lists the options)')
@@ -62,23 +62,15 @@ def parse(options, positional='', presets=None, argv=None):
         how = dict(nargs='?*'[f.type is tuple]) if free else kinds.get(f.type, dict(type=f.type))
         parser.add_argument(f.name if free else '--' + f.name.replace('_', '-'), default=f.default,
                             help=f'{told[f.name]} [{f.default}]', **how)
-    if presets:                         # other defaults; explicit options still win
-        chosen = presets.get(parser.parse_known_args(argv)[0].preset)
-        parser.set_defaults(**(chosen or fail(f'--preset: use {" or ".join(presets)}')))
-    return options(**vars(parser.parse_args(argv)))
-
+    return options(**vars(parser.parse_args()))
 
 # ---- Tokenizers: a dict {name, pattern, tokens as latin-1 strings in rank order} ----
 
 # a word, a digit or a run of punctuation, each with at most one space before it
 WORDS = r' ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+'
 
-
 def train_bpe(texts, size):
-    """Byte-level BPE: merge the most frequent pair of neighbours until there are `size` tokens.
-
-    Words are counted once, and a merge touches only those with its pair: seconds per megabyte.
-    """
+    """Byte-level BPE: merge the most frequent pair of neighbours until there are `size` tokens."""
     counts = Counter(word for text in texts for word in re.findall(WORDS, text))
     bar = '\u0100'                      # between pieces; bytes are the characters 0-255
     words = [bar + bar.join(word.encode().decode('latin-1')) + bar for word in counts]
@@ -89,8 +81,7 @@ def train_bpe(texts, size):
         for pair in zip(pieces, pieces[1:]):
             pairs[pair] += sign * times[i]
             where[pair].add(i)
-
-    for i in range(len(words)):
+    for i in range(len(words)):         # from here on a merge touches only the words it changes
         count(i, 1)
     tokens = dict.fromkeys(map(chr, range(256)))        # a set that keeps its order
     while len(tokens) + len(SPECIAL) < size and pairs:
@@ -104,7 +95,6 @@ def train_bpe(texts, size):
             count(i, 1)
         del pairs[a, b]
     return {'name': f'bpe:{len(tokens) + len(SPECIAL)}', 'pattern': WORDS, 'tokens': list(tokens)}
-
 
 def make_tokenizer(how, texts):
     """The tokenizer dict for gpt2, byte, bpe:N or dates (words and single digits)."""
@@ -124,11 +114,9 @@ def make_tokenizer(how, texts):
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
     return {'name': how, 'pattern': gpt2._pat_str, 'tokens': list(tokens)}
 
-
 # ---- dates: the exact yardstick. One source, eight right answers, all samples checkable ----
 
 DATE_TOKENS = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
-
 
 def date_forms(iso):
     """The eight written forms of an ISO date: '1987-03-23' -> ('March 23, 1987', ...)."""
@@ -141,12 +129,10 @@ def date_forms(iso):
     return (f'{month} {d}, {y}', f'the {nth} of {month} {y}', f'{d} {short} {y}', f'{m}/{d}/{y}',
             f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d}-{short}-{y}', f'{month} the {nth}, {y}')
 
-
 def dates():
     """(source, target) pairs: each day of 1900-2099 in each of its eight forms."""
-    days = [str(datetime.date(1900, 1, 1) + datetime.timedelta(n)) for n in range(73049)]
+    days = (str(datetime.date(1900, 1, 1) + datetime.timedelta(n)) for n in range(73049))
     return [(day, form) for day in days for form in date_forms(day)]
-
 
 # ---- Other texts: the prose in every Python; local files and the hub, both through `datasets` ----
 
@@ -155,14 +141,12 @@ def docstrings():
     library = Path(sysconfig.get_path('stdlib'))
     skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
     for path in sorted(library.rglob('*.py')):
-        if skip & set(path.relative_to(library).parts):
-            continue
         with suppress(SyntaxError, ValueError):     # a few are templates or not UTF-8
-            kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-            nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
-            yield from (ast.get_docstring(x) or '' for x in nodes if isinstance(x, kinds))
+            if skip.isdisjoint(path.relative_to(library).parts):
+                kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+                nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+                yield from (ast.get_docstring(x) or '' for x in nodes if isinstance(x, kinds))
     yield from (text for _, text in sorted(pydoc_data.topics.topics.items()))
-
 
 def sentences(texts):
     """Yield sentences in order of appearance: prose only, no doctests, tables or signatures."""
@@ -175,50 +159,55 @@ def sentences(texts):
                     and plain >= 0.75 * len(words) and '>>>' not in s):
                 yield s
 
-
 HUB = {     # where there is parquet, for `datasets` runs no scripts any more
+    'lm1b': dict(path='billion-word-benchmark/lm1b', revision='refs/convert/parquet'),
+    'owt': dict(path='Skylion007/openwebtext'),
     'shakespeare': dict(path='karpathy/tiny_shakespeare', revision='refs/convert/parquet'),
     'qqp': dict(path='nyu-mll/glue', name='qqp')}       # questions asked on Quora, in pairs
 
+# as the papers have them: tokenizer, length, documents held out (all of LM1B's test split)
+PAPERS = {'lm1b': ('gpt2', 128, 306_688), 'owt': ('gpt2', 1024, 100_000)}
 
-def load_texts(complaint, **how):
-    """What datasets.load_dataset has: list of str or of (source, target), or one clear line."""
+def load_texts(complaint, cache, **how):
+    """What datasets.load_dataset has, by way of a folder: a table of texts or a list of pairs."""
     try:
         import datasets
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(50)
-        table = datasets.load_dataset(**how, split='all')
+        table = datasets.load_dataset(**how, cache_dir=str(cache), split='all')
     except Exception as e:              # the library and the hub's client raise dozens of kinds
         fail(f'{complaint} ({type(e).__name__})')
     columns = set(table.column_names)
     for a, b in ('src', 'trg'), ('question1', 'question2'):
         if {a, b} <= columns:           # of Quora's pairs only those labelled as asking the same
             same = table['label'] if {'question1', 'label'} <= columns else [1] * len(table)
-            rows = zip(table[a], table[b], same)
-            return list(dict.fromkeys((x, y) for x, y, ok in rows if ok == 1 and x and y))
+            keep = zip(table[a], table[b], same)
+            return list(dict.fromkeys((x, y) for x, y, ok in keep if ok == 1 and x and y))
     if 'text' not in columns:
         fail(f'{complaint} (records need "text", or "src" and "trg")')
-    return [t for text in table['text'] for t in (text or '').split('<|endoftext|>') if t.strip()]
+    return table.select_columns('text')
 
-
-def from_files(paths):
-    """The documents of local files of one kind: str, or (source, target) from src/trg records."""
+def from_files(o, cache):
+    """The documents of local files of one kind, read as `datasets` does, through a folder."""
     known = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}
-    where = f'--input {" ".join(paths)}'
-    builder, *more = {known.get(Path(path.removesuffix('.gz')).suffix) for path in paths}
-    if more or not builder or not all(Path(path).is_file() for path in paths):
-        fail(f'{where}: give existing .txt, .jsonl or .parquet files, plain or .gz, all of a kind')
-    how = {'sample_by': 'document'} if builder == 'text' else {}
-    with tempfile.TemporaryDirectory() as cache:
-        return load_texts(f'{where}: cannot be read as UTF-8 {builder}; mend or convert it',
-                          path=builder, data_files=list(paths), cache_dir=cache, **how)
+    builder, *more = {known.get(Path(path.removesuffix('.gz')).suffix) for path in o.input}
+    if more or not builder or not all(Path(path).is_file() for path in o.input):
+        fail(f'--input: give existing .txt, .jsonl or .parquet files, plain or .gz, all of a kind')
+    how = {'sample_by': 'line' if o.name == 'lm1b' else 'document'} if builder == 'text' else {}
+    return load_texts(f'{" ".join(o.input)}: cannot be read as UTF-8 {builder}; mend or convert '
+                      'it', cache, path=builder, data_files=list(o.input), **how)
 
+def untokenise(text):
+    """LM1B's words as running text: 'It \'s " $ 5 " ( not 6 ) .' -> It's "$5" (not 6)."""
+    for pattern, new in ((r" '(?=\w)", "'"), (r' (?=[,.;:?!%)\]])', ''), (r'(?<=[(\[$£]) ', ''),
+                         (r'" ([^"]*?) "', r'"\1"'), (r' / ', '/')):
+        text = re.sub(pattern, new, text)
+    return text
 
 # ---- Writing ----
 
 def pack_rows(enc, items, length):
     """Documents -> flat ids of rows, laid out as described above, and the rows' length."""
-    import numpy as np
     eos, pad, sep = (enc._special_tokens[s] for s in SPECIAL[:3])
     rows = []
     for item in items:
@@ -231,40 +220,56 @@ def pack_rows(enc, items, length):
             for given, text in rows if (n := len(given) + len(text)) <= length]
     return np.array(kept, dtype='<u2').reshape(-1), length
 
+def to_ids(batch, enc, clean):
+    """Texts of a table -> their token ids, each text ended by <eos>, and how many these are."""
+    texts = [t for text in batch['text'] for t in (text or '').split('<|endoftext|>') if t.strip()]
+    ids = [enc.encode_ordinary(clean(text)) + [enc.n_vocab - len(SPECIAL)] for text in texts]
+    return {'ids': [np.array(x, np.uint16) for x in ids], 'n': [len(x) for x in ids]}
+
+def pack_stream(table, share, documents, cache, **how):
+    """A table of texts -> (train, val), flat ids on disk; `datasets` caches what is done."""
+    table = table.map(to_ids, batched=True, remove_columns='text', fn_kwargs=how,
+                      num_proc=os.cpu_count() if len(table) > 10_000 else None)
+    sizes, at = table.with_format('numpy')['n'][:], 0
+    held = min(int(share * sizes.sum()), int(sizes[-documents:].sum()))
+    ids = np.memmap(tempfile.TemporaryFile(dir=cache), '<u2', 'w+', shape=int(sizes.sum()))
+    for batch in table.iter(1000):
+        part = np.concatenate(batch['ids'])
+        ids[at:at + len(part)], at = part, at + len(part)
+    return np.split(ids, [at - held])
 
 def main(o):
-    import numpy as np
     from model import encoding, write_dataset
-    start = time.time()
-    if not (re.fullmatch(r'\w[\w.-]*', o.name) and 0 < o.val < 1 and 4 <= o.length <= 65536):
+    start, folder, cache = time.time(), Path(o.data) / o.name, Path(o.data) / 'cache'
+    tokenizer, length, documents = PAPERS.get(o.name, ('bpe:2048', 32, 0))       # 0: all
+    length = o.length or length
+    if not (re.fullmatch(r'\w[\w.-]*', o.name) and 0 < o.val < 1 and 4 <= length <= 65536):
         fail('NAME is letters, digits, "_", "-", "."; --val from 0 to 1, --length from 4 to 65536')
 
     # 1. documents
     if o.input:
-        items, source = from_files(o.input), ' '.join(Path(path).name for path in o.input)
+        items, source = from_files(o, cache), ' '.join(Path(path).name for path in o.input)
     elif o.name == 'dates':
         items, source = dates(), 'all days of 1900-2099'
     elif o.name == 'pydocs':
         source = f'docstrings of Python {platform.python_version()}'
         items = list(dict.fromkeys(sentences(docstrings())))
-    elif o.name in HUB:
-        source = HUB[o.name]['path']
-        items = load_texts(f'{source} cannot be had from the hub; fetch it yourself, then: python '
-                           f'prepare_data.py {o.name} --input FILES', **HUB[o.name])
     else:
-        fail(f'unknown dataset {o.name!r}: use pydocs, dates, {", ".join(HUB)}, or your own: '
-             f'python prepare_data.py {o.name} --input FILES')
-    if not items:
+        how = HUB.get(o.name) or fail(f'unknown dataset {o.name!r}: use pydocs, dates, '
+                                      f'{", ".join(HUB)}, or your own files by --input')
+        source = how['path']
+        items = load_texts(f'{source} cannot be had from the hub; fetch it, then: python '
+                           f'prepare_data.py {o.name} --input FILES', cache, **how)
+    if not len(items):
         fail(f'{source}: holds no text')
 
     # 2. tokens; no sentence is in both splits, and no text of a pair
     pairs, own = isinstance(items[0], tuple), '' if o.input else o.name
-    kind = 'rows' if pairs or own == 'pydocs' else 'stream'
-    texts = [text for item in items for text in (item if pairs else [item])]
-    if any('\0' in text for text in texts):
-        fail(f'{source}: holds NUL characters, so it is not text')
-    spec = make_tokenizer(own if own == 'dates' else o.tokenizer, texts)
-    enc, length = encoding(spec), 0 if own == 'dates' else o.length
+    kind = 'rows' if isinstance(items, list) else 'stream'
+    texts = ([text for item in items for text in (item if pairs else [item])] if kind == 'rows' else
+             [x['text'].replace('<|endoftext|>', '') for x in items.take(100_000) if x['text']])
+    spec = make_tokenizer(own if own == 'dates' else o.tokenizer or tokenizer, texts)
+    enc, length = encoding(spec), 0 if own == 'dates' else length
     if kind == 'rows':
         keys = [item[0] if pairs else item for item in items]
         unique = list(dict.fromkeys(keys))
@@ -278,23 +283,19 @@ def main(o):
         train, length = pack_rows(enc, train or val, length)
         val, length = pack_rows(enc, val, length)
     else:
-        eos = [enc._special_tokens['<eos>']]
-        ids = np.array([i for item in items for i in enc.encode_ordinary(item) + eos], dtype='<u2')
-        train, val = np.split(ids, [len(ids) - int(o.val * len(ids))])
+        clean = untokenise if o.name == 'lm1b' else str
+        train, val = pack_stream(items, o.val, documents, cache, enc=enc, clean=clean)
     if min(len(train), len(val)) < length:
         fail(f'too little text for rows of {length} tokens; give more, or a smaller --length')
 
     # 3. files
-    folder = Path(o.data) / o.name
     left_out = len(items) - (len(train) + len(val)) // length if kind == 'rows' else 0
     write_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length, source=source,
                   left_out=left_out)
-    for split, array in zip(('train', 'val'), (train, val)):
-        print(f'{folder}/{split}.bin: {len(array):,} tokens, {len(array) // length:,} rows')
-    print(f'{kind} of {length} tokens, {left_out:,} left out (too long, or with a text of val); '
+    print(f'{folder}: {len(train):,} tokens in train.bin, {len(val):,} in val.bin, {kind} of '
+          f'{length}, {left_out:,} left out (too long, or with a text of val); '
           f'tokenizer {spec["name"]}; {time.time() - start:.0f} s')
     print(f'next: python train_teacher.py --data {folder}')
-
 
 if __name__ == '__main__':
     main(parse(Options, positional='name'))

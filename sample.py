@@ -21,7 +21,6 @@ from pathlib import Path
 
 from prepare_data import date_forms, fail, parse
 
-
 @dataclass
 class Options:
     checkpoint: str = 'out/pydocs/student'  # folder or model.pt
@@ -29,7 +28,7 @@ class Options:
     n: int = 8                  # rows to write (for each source)
     mbr: int = 0                # for each source: write the one of so many rows most like the rest
     seed: int = 0               # of the noise
-    sampler: str = ''           # flm: euler | bridge (teacher); diffuseq: ancestral | ddim
+    sampler: str = ''           # flm teachers: euler | ab2 | bridge; diffuseq: ancestral | ddim
     clamp: bool = False         # diffuseq: every guess goes to the nearest embedding
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
     temperature: float = 1.0    # of every prediction
@@ -42,17 +41,23 @@ class Options:
     info: bool = False          # describe the checkpoint and stop
     device: str = ''            # cpu, cuda or mps; default the best there is
 
-
 OPTIONS = parse(Options, positional='checkpoint') if __name__ == '__main__' else None
 
 import torch  # noqa: E402
 
-from model import (autocast, encode, encoding, generator, is_student, load,  # noqa: E402
-                   pick_device, split_rows, to_texts)
-from train_teacher import get_batch, load_data  # noqa: E402
-
+from model import encoding, is_student, load, split_rows, write_rows  # noqa: E402
+from train_teacher import (autocast, generator, get_batch, load_data,  # noqa: E402
+                           pick_device)
 
 # ---- Writing rows ----
+
+def encode(enc, spec, text):
+    """Token ids of `text`; ValueError names the first piece that the tokenizer lacks."""
+    if spec['name'] == 'dates':         # no byte fallback here: every piece must be a token itself
+        for piece in re.findall(spec['pattern'] + '|.', text, re.S):
+            if piece not in spec['tokens']:
+                raise ValueError(f'{piece!r} is not in the vocabulary of this model')
+    return enc.encode_ordinary(text)
 
 def known_row(meta, enc, o, source):
     """What is known of a row: given (1, L), ids, -1 at positions to be written."""
@@ -69,22 +74,19 @@ def known_row(meta, enc, o, source):
         ids += [eos] + [pad] * (L - len(ids) - 1)
     return torch.tensor([ids + [-1] * (L - len(ids))])
 
-
 def write(model, given, nfe, seed, **how):
     """The model's rows for given (B, L), 256 at a time: ((B, L) on the CPU, seconds)."""
     device = next(model.parameters()).device
     rng, rows, start = generator(device, seed, 2), [], time.perf_counter()
     with autocast(device):
         for part in given.split(256):
-            rows.append(model.sample(part.to(device), nfe, rng, **how).cpu())
+            rows.append(write_rows(model, part.to(device), nfe, rng, **how).cpu())
     return torch.cat(rows), time.perf_counter() - start
-
 
 def draw_rows(model, meta, ids, n, nfe, seed, **how):
     """As `write`, for n data rows whose source, if there is one, is given."""
     _, given, _ = get_batch(ids, meta, n, 0.0, generator('cpu', seed, 1), torch.device('cpu'))
     return write(model, given, nfe, seed, **how)
-
 
 def most_alike(pairs):
     """Minimum Bayes risk: the (source, text) whose words and word pairs most others share."""
@@ -93,8 +95,12 @@ def most_alike(pairs):
     alike = [sum((a & b).total() / max(1, (a | b).total()) for b in bags) for a in bags]
     return pairs[alike.index(max(alike))]
 
-
 # ---- Is it text? ----
+
+def to_texts(rows, meta, enc=None):
+    """Rows (B, L) -> list of (source, text)."""
+    enc = enc or encoding(meta['tokenizer'])
+    return [(enc.decode(source), enc.decode(text)) for source, text in split_rows(rows, meta)]
 
 @functools.lru_cache(maxsize=1)
 def corpus_words(folder, limit=5_000_000):
@@ -102,11 +108,9 @@ def corpus_words(folder, limit=5_000_000):
     meta, train, _ = load_data(folder)
     return set(re.findall('[a-z]+', encoding(meta['tokenizer']).decode(train[:limit]).lower()))
 
-
 def entropy_of(items):
     """Entropy in nats of how often each item occurs."""
     return -sum(c / len(items) * math.log(c / len(items)) for c in Counter(items).values())
-
 
 def health(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.
@@ -126,11 +130,9 @@ def health(rows, meta, data=''):
         figures['words'] = sum(w in corpus_words(data) for w in words) / max(1, len(words))
     return figures
 
-
 def health_line(rows, meta, data, nfe, seconds):
     figures = ', '.join(f'{k} {v:.3f}' for k, v in health(rows, meta, data).items())
     return f'{len(rows)} rows: {figures}; nfe {nfe}, {1000 * seconds / len(rows):.2f} ms per row'
-
 
 def show_info(path, ckpt, model):
     who = 'student' if is_student(model.config) else 'teacher'
@@ -139,7 +141,6 @@ def show_info(path, ckpt, model):
     ckpt['data'] = {**ckpt['meta'], 'tokenizer': ckpt['meta']['tokenizer']['name']}
     for name in ('config', 'options', 'teacher', 'data', 'versions'):
         print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt.get(name, {}).items()))
-
 
 def compare(student, teacher, meta, given, o, data):
     """The same noise through the teacher at 1 and 64 calls and the student, side by side."""
@@ -157,7 +158,6 @@ def compare(student, teacher, meta, given, o, data):
         print('-+-'.join(['-' * width] * 3))
     print('\n'.join(lines))
 
-
 def animate(nfe, meta, enc):
     """A `watch` for sampling: the first rows as they clear up, redrawn in place in a terminal."""
     def watch(i, rows):
@@ -167,21 +167,21 @@ def animate(nfe, meta, enc):
         time.sleep(0.05)
     return watch if sys.stdout.isatty() else None
 
-
 def check(o, meta, config):
     for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('mbr', 0, 10 ** 4),
                             ('temperature', 0.01, 100), ('top_p', 0.001, 1), ('gamma', 0, 1)):
         if not low <= getattr(o, name) <= high:
             fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
-    samplers = ['ancestral', 'ddim'] if config.model == 'diffuseq' else ['euler', 'bridge']
-    if o.sampler and o.sampler not in samplers[:1 if config.two_time else 2]:
-        fail(f'--sampler {o.sampler}: use {samplers[0]}, or with a teacher {samplers[1]}')
-    if (o.gamma, o.temperature, o.top_p) != (0, 1, 1) if config.model == 'diffuseq' else o.clamp:
-        fail('--gamma, --temperature and --top-p are for flows, --clamp is for diffusions')
+    samplers = {'flm': ['euler', 'ab2', 'bridge'], 'diffuseq': ['ancestral', 'ddim']}
+    if o.sampler and o.sampler not in samplers.get(config.model, [])[:1 if config.two_time else 3]:
+        fail(f'--sampler {o.sampler}: euler, of a teacher also ab2 and bridge, are for flows, '
+             'ancestral and ddim for diffusions')
+    if o.clamp > (config.model == 'diffuseq') or (o.gamma > 0) > (config.model == 'flm') or (
+            (o.temperature, o.top_p) != (1, 1) and config.model == 'diffuseq'):
+        fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all else')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')
-
 
 def main(o):
     model, ckpt = load(o.checkpoint, pick_device(o.device))
@@ -205,8 +205,9 @@ def main(o):
         return compare(model, teacher, meta, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc) if o.watch else None)
     how |= {name: value for name in ('sampler', 'clamp') if (value := getattr(o, name))}
-    if model.config.model == 'flm':
-        how |= dict(gamma=o.gamma, temperature=o.temperature, top_p=o.top_p)
+    how |= dict(temperature=o.temperature, top_p=o.top_p)
+    if o.gamma:
+        how['gamma'] = o.gamma
     rows, seconds = write(model, given, o.nfe, o.seed, **how)
     texts = to_texts(rows, meta, enc)
     if o.mbr:
@@ -214,7 +215,6 @@ def main(o):
     for source, text in texts:
         print(f'{source} -> {text}' if source else text)
     print(health_line(rows, meta, data, o.nfe, seconds), file=sys.stderr)
-
 
 if __name__ == '__main__':
     main(OPTIONS)

@@ -3,7 +3,8 @@
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
     python train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
     python train_teacher.py --data data/dates --model diffuseq --code 8 --iters 1500 --decay 0.9
-    torchrun --standalone --nproc_per_node=8 train_teacher.py --preset small    # 12 x 768, on GPUs
+    python train_teacher.py --model mdlm        # or ar: the baselines
+    torchrun --standalone --nproc_per_node=8 train_teacher.py --layers 12 --width 768   # on GPUs
 
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
 """
@@ -19,20 +20,11 @@ from pathlib import Path
 
 from prepare_data import fail, parse
 
-PRESETS = {
-    'tiny': dict(layers=4, heads=8, width=128),     # a laptop, as the defaults below
-    'small': dict(layers=12, heads=12, width=768, gate=0.0, dropout=0.1, code=0, axis='paper',
-                  optimiser='adamw', lr=3e-4, warmup=2500, decay=0.0, ema=0.9999, batch=512,
-                  iters=1_000_000, eval_every=5000),
-}
-
-
 @dataclass
 class Options:
     data: str = 'data/pydocs'   # folder made by prepare_data.py
     out: str = ''               # folder to write to; default out/<data>[-diffuseq]/teacher
-    model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion)
-    preset: str = 'tiny'        # tiny | small (the paper's): defaults for what follows
+    model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion) | mdlm | ar
     iters: int = 1200           # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
     parts: int = 0              # parts each batch is computed in; 0: one for each process
@@ -48,7 +40,7 @@ class Options:
     code: int = 32              # C, channels of the embedding table; 0: the width
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
-    axis: str = '0.2'           # flm: tau(t): reader | paper | uniform | a number, see OneHotFlow
+    axis: str = 'measured'      # flm: tau(t): measured | reader | paper | uniform | a number
     anchor: float = 0.1         # diffuseq: weight of the cross-entropy of the rounded prediction
     given: float = 0.1          # share of rows without source that get random given tokens
     eval_every: int = 500       # iterations between validations; each one saves
@@ -57,15 +49,13 @@ class Options:
     device: str = ''            # cpu, cuda or mps; default the best there is
     compile: bool = True        # torch.compile, on CUDA only
 
-
-OPTIONS = parse(Options, presets=PRESETS) if __name__ == '__main__' else None   # before torch loads
+OPTIONS = parse(Options) if __name__ == '__main__' else None     # before torch loads
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from model import (Config, autocast, build, generator, load, pick_device, save,  # noqa: E402
-                   write_whole)
+from model import Config, build, load, save, write_whole  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------
 # What distill.py needs as well
@@ -83,7 +73,6 @@ def load_data(folder):
                  f'{meta[f"{split}_tokens"]}; run: python prepare_data.py {folder.name}')
     return meta, *ids
 
-
 def get_batch(ids, meta, n, share, cpu, device):
     """n random rows: tokens and given (n, L) int64, tau (n,) stratified over the batch.
 
@@ -96,7 +85,7 @@ def get_batch(ids, meta, n, share, cpu, device):
     rows = np.stack([ids[i:i + L] for i in at.tolist()]).astype(np.int64)
     tokens = torch.from_numpy(rows)                                             # (n, L)
     if meta['pairs']:
-        given = source_given(tokens, meta)
+        given = up_to(tokens, meta, '<sep>')
     else:
         r = torch.rand(3, n, 1, generator=cpu)
         prefix = torch.arange(L) < r[1] * L * 0.75
@@ -108,12 +97,30 @@ def get_batch(ids, meta, n, share, cpu, device):
     return tuple((x.pin_memory() if on_gpu else x).to(device, non_blocking=True)
                  for x in (tokens, given, tau))
 
+def up_to(tokens, meta, end):
+    """The tokens up to and including the first special token `end`, then -1: (B, L) -> (B, L)."""
+    ends = tokens == meta['special'][end]
+    return torch.where(ends.cumsum(1) - ends.long() == 0, tokens, -1)
 
-def source_given(tokens, meta):
-    """The tokens up to and including the first <sep>, then -1: (B, L) -> (B, L)."""
-    sep = tokens == meta['special']['<sep>']
-    return torch.where(sep.cumsum(1) - sep.long() == 0, tokens, -1)
+def pick_device(name):
+    """The torch.device named, else cuda, mps or cpu in this order."""
+    name = name or ('cuda' if torch.cuda.is_available() else
+                    'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f'--device {name} is not available; leave it out to use what there is')
+    return torch.device(name)
 
+def autocast(device):
+    """bf16 where the GPU has it, fp32 elsewhere."""
+    on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+def generator(device, *key):
+    """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator(device).manual_seed(int(seed))
 
 def join(o):
     """This process's rank and the number of processes: torchrun's, else 0 and 1.
@@ -136,7 +143,6 @@ def join(o):
         sys.stdout = open(os.devnull, 'w')          # the first process speaks for all
     return rank, world
 
-
 def add_up(tensors):
     """Each tensor becomes its sum over all processes; one message."""
     if dist.is_initialized():
@@ -144,7 +150,6 @@ def add_up(tensors):
         dist.all_reduce(flat)
         for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(total.view_as(x))
-
 
 def optimisers(model, o):
     """Muon (K. Jordan 2024) for the matrices inside the blocks, AdamW for all else that trains."""
@@ -163,7 +168,6 @@ def optimisers(model, o):
                                      weight_decay=0.0))
     return made
 
-
 def update(model, ema, opts, it, o):
     """One optimiser iteration from the gradients at hand, then the average; returns their norm."""
     # linear warm-up, flat, then a linear fall to 0 over the last `decay` share of the run
@@ -180,12 +184,10 @@ def update(model, ema, opts, it, o):
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm
 
-
 def state(opts, it, meta, o):
     """What a checkpoint holds beside the weights."""
     return {'optimisers': [opt.state_dict() for opt in opts], 'iter': it, 'meta': meta,
             'options': asdict(o)}
-
 
 class Log:
     """One progress line with ETA on the terminal, the same record in log.jsonl; by rank 0."""
@@ -205,18 +207,16 @@ class Log:
         with open(self.file, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'iter': it, 'seconds': round(seconds, 2), **values}) + '\n')
 
-
 def clock(seconds):
     return f'{int(seconds // 60)}:{int(seconds % 60):02d}'
-
 
 # -------------------------------------------------------------------------------------------------
 
 def main(o):
-    if o.model not in ('flm', 'diffuseq'):
-        fail(f'--model {o.model}: use flm or diffuseq')
-    if o.axis not in ('reader', 'paper', 'uniform') and not re.fullmatch(r'\d+(\.\d+)?', o.axis):
-        fail(f'--axis {o.axis}: use reader, paper, uniform or a number such as 2')
+    if o.model not in ('flm', 'diffuseq', 'mdlm', 'ar'):
+        fail(f'--model {o.model}: use flm, diffuseq, mdlm or ar')
+    if not re.fullmatch(r'measured|reader|paper|uniform|\d+(\.\d+)?', o.axis):
+        fail(f'--axis {o.axis}: use measured, reader, paper, uniform or a number such as 2')
     rank, world = join(o)
     device = pick_device(o.device)
     meta, train, val = load_data(o.data)
@@ -229,7 +229,8 @@ def main(o):
         anchor=o.anchor)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
-    start = restore(out, model, ema, opts)['iter'] if o.resume else 0
+    kept = restore(out, model, ema, opts) if o.resume else {}
+    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(2, 64)).to(device)
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
     log = Log(out, o, start, rank)
@@ -237,13 +238,12 @@ def main(o):
     print(f'{size / 1e6:.2f}M parameters on {world} x {device}, {o.batch * meta["length"]:,} '
           f'tokens per iteration, {len(train):,} in {o.data}')
 
-    bins, counts = torch.zeros(2, 8, device=device)
     for it in range(start, o.iters + 1):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
             log(it, val=validate(ema, val, meta, device))
             if rank == 0:
-                save(out / 'model.pt', model, ema, **state(opts, it, meta, o))
+                save(out / 'model.pt', model, ema, bins=bins, **state(opts, it, meta, o))
         if last:
             break
         batch = get_batch(train, meta, o.batch, o.given, generator('cpu', o.seed, it, 0), device)
@@ -252,21 +252,22 @@ def main(o):
             with autocast(device):
                 losses = model.loss(tokens, given, tau, generator(device, o.seed, it, 1 + part))
             (losses.sum() / o.batch).backward()
-            # loss by tau, noise to data: where the teacher is still learning
-            at = (tau * 8).long()
-            bins.index_add_(0, at, losses.detach())
-            counts.index_add_(0, at, torch.ones_like(losses))
+            # loss by tau, noise to data: where the teacher is still learning; and how many rows
+            bins.index_add_(1, (tau * 64).long(), torch.stack([losses, losses ** 0]).detach())
         norm = update(model, ema, opts, it, o)
         if (it + 1) % 100 == 0:
-            add_up([bins, counts])
-            loss = (bins.sum() / counts.sum()).item()
+            add_up([bins])
+            loss = (bins[0].sum() / bins[1].sum()).item()
             if not np.isfinite(loss):
                 fail(f'loss {loss} at iteration {it + 1}; lower --lr and --muon-lr, --resume')
+            eighths = bins.view(2, 8, 8).sum(-1)
             log(it + 1, loss=loss, norm=norm.item(),
-                bins=[round(x, 3) for x in (bins / counts).tolist()])
-            bins.zero_(), counts.zero_()
+                bins=[round(x, 3) for x in (eighths[0] / eighths[1]).tolist()])
+            if o.axis == 'measured' and o.model == 'flm' and 2 * it < o.iters:
+                model.refit(bins[0] / bins[1].clamp(min=1))
+                ema.taus.copy_(model.taus)
+            bins.zero_()
     print(f'wrote {out}/model.pt and {out}/log.jsonl\nnext: python distill.py {out}')
-
 
 @torch.no_grad()
 def validate(model, ids, meta, device, batches=4):
@@ -278,7 +279,6 @@ def validate(model, ids, meta, device, batches=4):
             loss = model.loss(*batch, generator(device, 1234, i, 1))
         losses.append(loss.mean().item())
     return sum(losses) / batches
-
 
 def restore(out, model, ema, opts, **others):
     """Load <out>/model.pt into everything that trains; returns that checkpoint."""
@@ -293,7 +293,6 @@ def restore(out, model, ema, opts, **others):
     except (KeyError, ValueError, RuntimeError):
         fail(f'--resume: {out}/model.pt was made with other options; start afresh without --resume')
     return ckpt
-
 
 if __name__ == '__main__':
     main(OPTIONS)

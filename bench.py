@@ -7,8 +7,8 @@
 
 Prints a Markdown table, of several seeds the mean and in brackets half the range; the figures go to
 <out> as JSON, of texts as a picture too. Samples are held against one half of the validation text,
-beside that text's other half and a copy of this in random order. Times of `speed` are medians after
-warm-up, beside the least time that this machine's own measured rates allow.
+beside its other half and a shuffled copy of this. Times are medians after warm-up, beside the least
+that this machine's own measured rates allow.
 """
 import importlib
 import json
@@ -160,8 +160,8 @@ def as_rows(ids, L):
 def measure(model, meta, data, ids, o, nfe, seed, *compared):
     """All figures of one model at one nfe and seed: a dict."""
     known, each = as_rows(ids, meta['length']), o.per_source if meta['pairs'] else 1
-    known = known[np.random.default_rng(seed).choice(len(known), o.rows // each)]
-    known = known.repeat_interleave(each, dim=0)        # (rows, L), every source `each` times
+    chosen = np.random.default_rng(seed).choice(len(known), o.rows // each)
+    known = known[chosen].repeat_interleave(each, dim=0)    # (rows, L), every source `each` times
     given = up_to(known, meta, '<sep>') if meta['pairs'] else torch.full_like(known, -1)
     how = {'sampler': o.sampler} if o.sampler and not is_student(model.config) else {}
     rows, seconds = write(model, given, nfe, seed, **how)
@@ -171,8 +171,7 @@ def measure(model, meta, data, ids, o, nfe, seed, *compared):
     elif meta['tokenizer']['name'] != 'dates':          # there any of eight texts is right
         texts, targets = ([text for _, text in to_texts(x, meta)] for x in (rows, known))
         figures |= pair_figures(texts, targets, each)
-    if each > 1:                                        # as health counts it for other texts
-        figures['unique'] = len(set(pairs)) / len(pairs)
+    figures |= {'unique': len(set(pairs)) / len(pairs)} if each > 1 else {}     # of dates, too
     return {**figures, 'ms_per_row': 1000 * seconds / len(rows)}
 
 @torch.no_grad()
@@ -219,8 +218,7 @@ def picture(lines, path):
             ax.loglog(*zip(*points), 'o-', label=name)
         ax.axhline(lines[0][2][0]['energy'], color='gray', ls=':', label=lines[0][0])
         ax.set_xlabel(x.replace('_', ' ')), ax.grid(alpha=0.3)
-    axes[0].set_ylabel('energy distance to real text')
-    axes[1].legend(fontsize=9)
+    axes[0].set_ylabel('energy distance to real text'), axes[1].legend(fontsize=9)
     figure.savefig(path, metadata={'Date': None})
 
 # -------------------------------------------------------------------------------------------------
@@ -301,8 +299,7 @@ def training_step(o, how, name):
         from resource import RUSAGE_SELF, getrusage
         return (torch.cuda.max_memory_allocated() if device.type == 'cuda' else
                 1024 * getrusage(RUSAGE_SELF).ru_maxrss)
-    before = peak()
-    took = median_time(work, device)
+    before, took = peak(), median_time(work, device)
     return {'rows': o.rows, 'ms': 1000 * took, 'tokens_per_s': tokens.numel() / took,
             'peak_GB': (peak() - before) / 1e9}
 

@@ -246,8 +246,7 @@ def main(o):
     if not (re.fullmatch(r'\w[\w.-]*', o.name) and 0 < o.val < 1 and 4 <= length <= 65536):
         fail('NAME is letters, digits, "_", "-", "."; --val from 0 to 1, --length from 4 to 65536')
 
-    # 1. documents
-    if o.input:
+    if o.input:     # 1. documents
         items, source = from_files(o, cache), ' '.join(Path(path).name for path in o.input)
     elif o.name == 'dates':
         items, source = dates(), 'all days of 1900-2099'
@@ -258,8 +257,8 @@ def main(o):
         how = HUB.get(o.name) or fail(f'unknown dataset {o.name!r}: use pydocs, dates, '
                                       f'{", ".join(HUB)}, or your own files by --input')
         source = how['path']
-        items = load_texts(f'{source} cannot be had from the hub; fetch it, then: python '
-                           f'prepare_data.py {o.name} --input FILES', cache, **how)
+        items = load_texts(f'{source} cannot be had from the hub; fetch it, then: '
+                           f'python prepare_data.py {o.name} --input FILES', cache, **how)
     if not len(items):
         fail(f'{source}: holds no text')
 

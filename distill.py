@@ -99,12 +99,16 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
     return g * first + (1 - g) * last.softmax(-1)
 
-def rollout(student, teacher, h, given, calls):
-    """The p (B, L, V) that the teacher comes to from pure noise h (B, L, C), in calls as of ab2."""
+def rollout(student, teacher, h, given, calls, steady=False):
+    """The p (B, L, V) that the teacher comes to from pure noise h (B, L, C), in so many calls.
+
+    steady   the prediction changes evenly along tau: go on as it changed last (sampler ab2)
+    """
     grid, p = torch.linspace(0, 1, calls + 1, device=h.device)[:, None].expand(-1, len(h)), None
     for now, then in zip(grid, grid[1:]):
         p, last = teacher(h, given, now).softmax(-1), p
-        h = student.jump(h, p if last is None else 1.5 * p - 0.5 * last, given, now, then)
+        ahead = 0.5 * (p - last) if steady and last is not None else 0
+        h = student.jump(h, p + ahead, given, now, then)
     return p
 
 def flow_map(student, teacher, o, device):
@@ -119,7 +123,8 @@ def flow_map(student, teacher, o, device):
             # at (0, 1) from the teacher alone: taught by its own legs this map drifts off its texts
             target = [D(h[:n], given[:n], s[:n]).softmax(-1) if o.teacher_diagonal else
                       F.one_hot(tokens[:n], student.config.vocab).float(),
-                      rollout(student, D, h[n:edge], given[n:edge], max(1, o.rollout)),
+                      rollout(student, D, h[n:edge], given[n:edge], max(1, o.rollout),
+                              steady=student.config.axis == 'measured'),
                       flow_map_target(student, D, h[edge:], given[edge:], s[edge:], t[edge:],
                                       o.method, o.leg)]
         loss = row_cross_entropy(student.predict(h, given, s, t), torch.cat(target), given)

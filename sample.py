@@ -176,8 +176,8 @@ def check(o, meta, config):
     if o.sampler and o.sampler not in samplers.get(config.model, [])[:1 if config.two_time else 3]:
         fail(f'--sampler {o.sampler}: euler, of a teacher also ab2 and bridge, are for flows, '
              'ancestral and ddim for diffusions')
-    if o.clamp > (config.model == 'diffuseq') or (o.gamma > 0) > (config.model == 'flm') or (
-            (o.temperature, o.top_p) != (1, 1) and config.model == 'diffuseq'):
+    if ((o.temperature, o.top_p) != (1, 1) if config.model == 'diffuseq' else o.clamp) or (
+            o.gamma and config.model != 'flm'):
         fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all else')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
@@ -205,16 +205,15 @@ def main(o):
         return compare(model, teacher, meta, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc) if o.watch else None)
     how |= {name: value for name in ('sampler', 'clamp') if (value := getattr(o, name))}
-    how |= dict(temperature=o.temperature, top_p=o.top_p)
-    if o.gamma:
-        how['gamma'] = o.gamma
+    how |= dict(temperature=o.temperature, top_p=o.top_p) | ({'gamma': o.gamma} if o.gamma else {})
     rows, seconds = write(model, given, o.nfe, o.seed, **how)
     texts = to_texts(rows, meta, enc)
     if o.mbr:
         texts = [most_alike(texts[i:i + n]) for i in range(0, len(texts), n)]
     for source, text in texts:
         print(f'{source} -> {text}' if source else text)
-    print(health_line(rows, meta, data, o.nfe, seconds), file=sys.stderr)
+    calls = meta['length'] if model.config.model == 'ar' else o.nfe
+    print(health_line(rows, meta, data, calls, seconds), file=sys.stderr)
 
 if __name__ == '__main__':
     main(OPTIONS)

@@ -259,14 +259,14 @@ def main(o):
         source = how['path']
         items = load_texts(f'{source} cannot be had from the hub; fetch it, then: '
                            f'python prepare_data.py {o.name} --input FILES', cache, **how)
-    if not len(items):
-        fail(f'{source}: holds no text')
 
     # 2. tokens; no sentence is in both splits, and no text of a pair
-    pairs, own = isinstance(items[0], tuple), '' if o.input else o.name
+    pairs, own = isinstance(next(iter(items), ''), tuple), '' if o.input else o.name
     kind = 'rows' if isinstance(items, list) else 'stream'
     texts = ([text for item in items for text in (item if pairs else [item])] if kind == 'rows' else
              [x['text'].replace('<|endoftext|>', '') for x in items.take(100_000) if x['text']])
+    if not any(map(str.strip, texts)):
+        fail(f'{source}: holds no text')
     spec = make_tokenizer(own if own == 'dates' else o.tokenizer or tokenizer, texts)
     enc, length = encoding(spec), 0 if own == 'dates' else length
     if kind == 'rows':

@@ -89,8 +89,8 @@ def text_figures(rows, meta, real, train, score):
     texts = [ids for _, ids in split_rows(rows, meta)]
     figures = {f'js{n}': jensen_shannon([g for t in texts for g in ngrams(t, n)],
                                         [g for t in real for g in ngrams(t, n)]) for n in (1, 2, 3)}
-    figures |= {'gen_ppl': math.exp(score(rows).mean())} if score else {}
-    return {**figures, 'energy': energy_distance(texts, real),
+    return {**figures, **({'gen_ppl': math.exp(score(rows).mean())} if score else {}),
+            'energy': energy_distance(texts, real),
             'self_bleu': self_bleu([' '.join(map(str, t)) for t in texts[:50]]),
             'copied': sum(tuple(t) in train for t in texts) / len(texts)}
 
@@ -230,8 +230,7 @@ def median_time(work, device):
     for i in range(23):
         if device.type == 'cuda':
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(), work(), end.record()
-            end.synchronize()
+            start.record(), work(), end.record(), end.synchronize()
             times.append(start.elapsed_time(end) / 1000)                        # from ms
         else:
             times.append(timeit.timeit(work, number=1))
@@ -263,7 +262,8 @@ def speed(o, paths, device):
         model, _ = load(path, device)
         if o.compile and device.type == 'cuda':
             model.net.compile()
-        for nfe, rows in product(map(int, o.nfe), map(int, o.batch)):
+        calls = [model.config.length] if model.config.model == 'ar' else o.nfe
+        for nfe, rows in product(map(int, calls), map(int, o.batch)):
             nothing = torch.full((rows, model.config.length), -1, device=device)
             with autocast(device):
                 took = median_time(partial(write_rows, model, nothing, nfe), device)
@@ -326,8 +326,8 @@ def table(lines):
 
 def main(o):
     what, *paths = o.what or ('',)
-    if not all(str(n).isdigit() and int(n)
-               for n in (*o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers)):
+    numbers = *o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers
+    if not all(str(n).isdigit() and int(n) for n in numbers):
         fail('--nfe, --batch, --rows, --seeds, --length, --layers: whole numbers from 1')
     if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
         fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')

@@ -230,7 +230,7 @@ def main(o):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     kept = restore(out, model, ema, opts) if o.resume else {}
-    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(2, 64)).to(device)
+    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(2, 64)).to(device) * (rank == 0)
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
     log = Log(out, o, start, rank)
@@ -242,6 +242,8 @@ def main(o):
         last = it == o.iters
         if (it % o.eval_every == 0 and it > start) or last:
             log(it, val=validate(ema, val, meta, device))
+            add_up([bins])
+            bins *= rank == 0           # the first process keeps what all have counted so far
             if rank == 0:
                 save(out / 'model.pt', model, ema, bins=bins, **state(opts, it, meta, o))
         if last:

@@ -169,8 +169,8 @@ def measure(model, meta, data, ids, o, nfe, seed, *compared):
     if not meta['pairs']:
         figures |= text_figures(rows, meta, *compared)
     elif meta['tokenizer']['name'] != 'dates':          # there any of eight texts is right
-        texts, targets = ([text for _, text in to_texts(x, meta)] for x in (rows, known))
-        figures |= pair_figures(texts, targets, each)
+        targets = [text for _, text in to_texts(known, meta)]
+        figures |= pair_figures([text for _, text in pairs], targets, each)
     figures |= {'unique': len(set(pairs)) / len(pairs)} if each > 1 else {}     # of dates, too
     return {**figures, 'ms_per_row': 1000 * seconds / len(rows)}
 

@@ -190,12 +190,13 @@ def load_texts(complaint, cache, **how):
 def from_files(o, cache):
     """The documents of local files of one kind, read as `datasets` does, through a folder."""
     known = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}
+    where = f'--input {" ".join(o.input)}'
     builder, *more = {known.get(Path(path.removesuffix('.gz')).suffix) for path in o.input}
     if more or not builder or not all(Path(path).is_file() for path in o.input):
-        fail(f'--input: give existing .txt, .jsonl or .parquet files, plain or .gz, all of a kind')
+        fail(f'{where}: give existing .txt, .jsonl or .parquet files, plain or .gz, all of a kind')
     how = {'sample_by': 'line' if o.name == 'lm1b' else 'document'} if builder == 'text' else {}
-    return load_texts(f'{" ".join(o.input)}: cannot be read as UTF-8 {builder}; mend or convert '
-                      'it', cache, path=builder, data_files=list(o.input), **how)
+    return load_texts(f'{where}: cannot be read as UTF-8 {builder}; mend or convert it', cache,
+                      path=builder, data_files=list(o.input), **how)
 
 def untokenise(text):
     """LM1B's words as running text: 'It \'s " $ 5 " ( not 6 ) .' -> It's "$5" (not 6)."""
@@ -256,17 +257,16 @@ def main(o):
     else:
         how = HUB.get(o.name) or fail(f'unknown dataset {o.name!r}: use pydocs, dates, '
                                       f'{", ".join(HUB)}, or your own files by --input')
-        source = how['path']
-        items = load_texts(f'{source} cannot be had from the hub; fetch it, then: '
-                           f'python prepare_data.py {o.name} --input FILES', cache, **how)
+        items, source = load_texts(f'{how["path"]} cannot be had from the hub; fetch it, then: '
+            f'python prepare_data.py {o.name} --input FILES', cache, **how), how['path']
 
     # 2. tokens; no sentence is in both splits, and no text of a pair
     pairs, own = isinstance(next(iter(items), ''), tuple), '' if o.input else o.name
     kind = 'rows' if isinstance(items, list) else 'stream'
     texts = ([text for item in items for text in (item if pairs else [item])] if kind == 'rows' else
              [x['text'].replace('<|endoftext|>', '') for x in items.take(100_000) if x['text']])
-    if not any(map(str.strip, texts)):
-        fail(f'{source}: holds no text')
+    if not any(map(str.strip, texts)) or any('\0' in text for text in texts):
+        fail(f'{source}: holds no text, or NUL characters, so it is not text')
     spec = make_tokenizer(own if own == 'dates' else o.tokenizer or tokenizer, texts)
     enc, length = encoding(spec), 0 if own == 'dates' else length
     if kind == 'rows':

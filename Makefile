@@ -1,4 +1,4 @@
-# make demo: text in one network call, from nothing, on a laptop.   make test: the tests.
+# make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -9,11 +9,14 @@ demo: .venv
 	$(PY) sample.py --compare out/pydocs/teacher
 
 test: .venv
-	$(PY) -m pytest -q test_core.py
+	$(PY) -m pytest -q -o markers=slow -m 'not slow' test_core.py
+
+slow: .venv
+	$(PY) -m pytest -q -o markers=slow -m slow test_core.py
 
 .venv: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv
 
-.PHONY: demo test
+.PHONY: demo test slow

@@ -54,9 +54,7 @@ from model import Config, build, is_student, load, split_rows, write_rows, write
 from sample import health, to_texts, write  # noqa: E402
 from train_teacher import autocast, load_data, pick_device, up_to  # noqa: E402
 
-# -------------------------------------------------------------------------------------------------
-# Distances between samples and real text, on token ids; repetition cannot fool them
-
+# ---- Distances between samples and real text, on token ids; repetition cannot fool them ----
 def ngrams(ids, n):
     """All n-grams of a list, as tuples."""
     return list(zip(*(ids[i:] for i in range(n))))
@@ -100,8 +98,11 @@ def load_scorer(name, meta, device):
         model, ckpt = load(name, device)
         if model.config.model != 'ar' or ckpt['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--scorer {name}: needs --model ar and the tokenizer of the models it scores')
-        return lambda rows: torch.cat([model.token_loss(part)[up_to(part, meta, '<eos>') >= 0]
-                                       for part in rows.to(device).split(256)])
+
+        def mean_nats(rows):
+            given = torch.where(up_to(rows, meta, '<eos>') < 0, rows, -1)       # the padding
+            return model.loss(rows, given).repeat_interleave((given < 0).sum(1))
+        return lambda rows: torch.cat([mean_nats(part) for part in rows.to(device).split(256)])
     hub = library('transformers')           # its models read text, in tokens of their own
     try:
         tokens = hub.AutoTokenizer.from_pretrained(name)
@@ -114,9 +115,7 @@ def load_scorer(name, meta, device):
         return F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction='none')
     return lambda rows: torch.cat([nats(text) for _, text in to_texts(rows, meta)])
 
-# -------------------------------------------------------------------------------------------------
-# Pairs: scores of sequence-to-sequence text, words split at spaces
-
+# ---- Pairs: scores of sequence-to-sequence text, words split at spaces ----
 def library(name):
     """An optional package, or one clear line."""
     try:
@@ -151,8 +150,7 @@ def pair_figures(texts, targets, per_source):
         figures['div4'] = statistics.mean(distinct(group, 4) for group in groups)
     return figures
 
-# -------------------------------------------------------------------------------------------------
-
+# ---- Quality ----
 def as_rows(ids, L):
     """Flat ids of a .bin file -> its whole rows (n, L)."""
     return torch.from_numpy(np.asarray(ids[:len(ids) // L * L], np.int64)).view(-1, L)
@@ -221,9 +219,7 @@ def picture(lines, path):
     axes[0].set_ylabel('energy distance to real text'), axes[1].legend(fontsize=9)
     figure.savefig(path, metadata={'Date': None})
 
-# -------------------------------------------------------------------------------------------------
-# Speed. Work is timed on the device itself, after warm-up; compilation is part of the warm-up
-
+# ---- Speed: timed on the device itself after warm-up, of which compilation is part ----
 def median_time(work, device):
     """Median seconds of work(), of twenty after three."""
     times = []

@@ -12,7 +12,7 @@ checkpoint. Writes <out>/model.pt and <out>/log.jsonl.
 import copy
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prepare_data import fail, parse
@@ -56,14 +56,12 @@ OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else No
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import build, is_student, load, row_cross_entropy, row_mean, save  # noqa: E402
+from model import build, is_student, load, row_mean, save  # noqa: E402
 from sample import draw_rows, health  # noqa: E402
 from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
-                           load_data, optimisers, pick_device, restore, state, update)
+                           load_data, optimisers, pick_device, restore, update)
 
-# -------------------------------------------------------------------------------------------------
-# FMLM: the flow map, learnt from the teacher and from the student's own shorter legs
-
+# ---- FMLM: the flow map, learnt from the teacher and from the student's own shorter legs ----
 def time_pairs(B, o, rng, device):
     """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge at (0, 1), to roll out.
 
@@ -127,14 +125,12 @@ def flow_map(student, teacher, o, device):
                               steady=student.config.axis == 'measured'),
                       flow_map_target(student, D, h[edge:], given[edge:], s[edge:], t[edge:],
                                       o.method, o.leg)]
-        loss = row_cross_entropy(student.predict(h, given, s, t), torch.cat(target), given)
+        loss = row_mean(student.predict(h, given, s, t, torch.cat(target)), given)
         groups = {'diagonal': loss[:n], 'one_call': loss[n:edge], 'between': loss[edge:]}
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses
 
-# -------------------------------------------------------------------------------------------------
-# DLM-One: score distillation of a diffusion into a generator
-
+# ---- DLM-One: score distillation of a diffusion into a generator ----
 START = 1 - 1491 / 2000     # where the generator's noise lies: s/a = 2.5, as in SiD
 
 def score_gap(x, real, fake, alpha=1.0, loss='sid'):
@@ -206,14 +202,19 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses
 
-# -------------------------------------------------------------------------------------------------
-# Both: a student at rest, the guide, settles what one call leaves open
+# ---- Both: a student at rest, the guide, settles what one call leaves open ----
+def one_call(student, h, given, target=None):
+    """Its logits (B, L, V) of the text that noise h (B, L, C) stands for; or nats."""
+    if student.config.two_time:
+        start = torch.zeros_like(h[:, 0, 0])
+        return student.predict(h, given, start, start + 1, target)
+    return student.round(student.generate(h, given), target)
 
 @torch.no_grad()
 def hardest(student, given, n, rng):
     """For each row, of n noises the one whose text the student is least sure of: h (B, L, C)."""
     tries = [student.begin(given, rng) for _ in range(n)]
-    sure = torch.stack([row_mean(student.one_call(h, given).log_softmax(-1).amax(-1), given)
+    sure = torch.stack([row_mean(one_call(student, h, given).log_softmax(-1).amax(-1), given)
                         for h in tries])                                        # (n, B)
     return torch.stack(tries)[sure.argmin(0), torch.arange(len(given))]
 
@@ -233,16 +234,15 @@ def settle(student, guide, teacher, o):
                 goal = flow_map_target(guide, teacher.predict, h, given, s, s + 1, 'lagrangian',
                                        o.leg)
             else:
-                x = guide.net.embed[guide.one_call(h, given).argmax(-1)]
+                x = guide.net.embed[one_call(guide, h, given).argmax(-1)]
                 for t in (s + 0.5, s + 0.65, s + 0.8):
                     x = teacher.predict(teacher.corrupt(x, h, given, t, rng), given, t)
                 goal = teacher.round(x).softmax(-1)
-        loss = row_cross_entropy(student.one_call(h, given), goal, given).mean()
+        loss = row_mean(one_call(student, h, given, goal), given).mean()
         return loss, {'one_call': loss.detach()}
     return losses
 
-# -------------------------------------------------------------------------------------------------
-
+# ---- The script ----
 def main(o):
     for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian')),
                           ('loss', ('sid', 'dmd'))):
@@ -250,7 +250,7 @@ def main(o):
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
     if min(o.noises - 1, o.rollout, *(x * (1 - x) for x in (o.leg, o.diagonal, o.boundary))) < 0:
         fail('--noises: from 1; --rollout: from 0; --leg, --diagonal, --boundary: from 0 to 1')
-    rank, world = join(o)
+    rank, world, told = join(o)
     device = pick_device(o.device)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
@@ -292,15 +292,22 @@ def main(o):
         losses = score_distillation(student, teacher, fake, opts[1], o, device)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     kept = restore(out, student, ema, opts, **others) if o.resume else {}
-    start, best, sums = kept.get('iter', 0), kept.get('best', 0.0), Counter()
+    start, best, sums = kept.get('iter', 0), kept.get('best', 0.0), Counter(kept.get('sums'))
     if o.compile and device.type == 'cuda':
         for model in filter(None, (student, guide, teacher)):
             model.net.compile()
-    log = Log(out, o, start, rank)
+    log = Log(out, o, start) if rank == 0 else lambda it, **values: None
 
     for it in range(start, o.iters + 1):
-        last = it == o.iters
-        if (it % o.eval_every == 0 and it > start) or last:
+        hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
+        stop = it == o.iters or len(told) > 0
+        if (hundred or due or stop) and not all(x.isfinite() for x in sums.values()):
+            fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
+                 f'--resume goes on from the last save in {out}')
+        if hundred:
+            log(it, **{name: x.item() / 100 for name, x in sums.items()})
+            sums.clear()
+        if due or stop:
             for nfe in (4, 2, 1):
                 one = health(draw_rows(ema, meta, val, 200, nfe, seed=1)[0], meta, data)
                 log(it, nfe=nfe, **one)
@@ -310,13 +317,13 @@ def main(o):
             if flow or quality >= best:
                 best = quality
                 if rank == 0:
-                    save(out / 'model.pt', student, ema, teacher=ckpt['options'], best=best,
-                         **{name: m.state_dict() for name, m in others.items()},
-                         **state(opts, it, meta, o))
+                    save(out / 'model.pt', student, ema, opts, iter=it, meta=meta,
+                         options=asdict(o), teacher=ckpt['options'], best=best, sums=dict(sums),
+                         **{name: m.state_dict() for name, m in others.items()})
             elif quality < best / 2:
                 fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
                      'the learning rates or raise --fake-ratio')
-        if last:
+        if stop:
             break
         cpu = generator('cpu', o.seed, it, 0)
         batch = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
@@ -328,14 +335,9 @@ def main(o):
             (loss / o.parts).backward(inputs=[p for p in student.parameters() if p.requires_grad])
             sums.update({name: x * world / o.parts for name, x in seen.items()})
         sums.update(norm=update(student, ema, opts[:1] if others else opts, it, o))
-        if (it + 1) % 100 == 0:
-            means = {name: x.item() / min(100, it + 1 - start) for name, x in sums.items()}
-            if not all(map(math.isfinite, means.values())):
-                fail(f'no finite loss at iteration {it + 1}; lower the learning rates, --resume')
-            log(it + 1, **means)
-            sums.clear()
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(f'next: python sample.py {out} --compare {o.teacher}' + meta['pairs'] * ' --source "..."')
+    print(f'stopped at iteration {it}; the same command with --resume goes on' if it < o.iters else
+          f'next: python sample.py {out} --compare {o.teacher}' + meta['pairs'] * ' --source "..."')
 
 if __name__ == '__main__':
     main(OPTIONS)

@@ -4,21 +4,19 @@ Conventions, used everywhere in this repository:
   t in [0, 1]    time, from noise (0) to data (1);     s <= u <= t for a flow map
   tau in [0, 1]  reparameterised time, what training and samplers are uniform in
   B, L, V, D, C  batch, length, vocabulary, width, channels of the embedding; shapes: # (B, L, D)
-  nfe            network calls of a sampler
-  given          (B, L) int64, the ids of tokens that are known (source, prompt, infill) and never
-                 noised; -1 where one is to be written
+  given          (B, L) int64, ids of known tokens (source, prompt, infill), never noised; else -1
 
 The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
-each of the L positions. The network's first layer is linear, so all it ever sees of x_t is
-h = x_t E, E (V x C) its embedding table. We keep h alone: noise is drawn directly as z F with
-F^T F = E^T E, a clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act
-on h as on x. So nothing of size (B, L, V) exists on the input side.
+each of the L positions. The network's first layer is linear, so all it sees of x_t is h = x_t E,
+E (V x C) its embedding table, and h alone is kept: noise is drawn as z F with F^T F = E^T E, a
+clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act on h as on x.
+So nothing of size (B, L, V) exists on the input side.
 """
 import io
 import json
-import math
 import os
-import platform
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prepare_data import SPECIAL, fail
+
+FORMAT = 2          # of checkpoints
+CHUNK = {'cuda': 2 ** 27, 'cpu': 2 ** 22}   # logits that exist at a time in a loss, on a device
 
 @dataclass
 class Config:
@@ -49,14 +50,11 @@ class Config:
     row_noise: bool = False     # diffuseq: its first noise is one vector for all of a row
     anchor: float = 0.0         # diffuseq: weight of the cross-entropy of the rounded prediction
 
-# -------------------------------------------------------------------------------------------------
-# The denoiser, used by every model: noisy rows h (B, L, C) at time tau (B,) -> (B, L, V or C)
-
+# ---- The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> (B, L, V or C) ----
 def sinusoid(tau, dim=256):
     """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
     # periods from 0.006 to 63, so that both neighbouring times and far ones can be told apart
-    index = torch.arange(dim // 2, device=tau.device)
-    freqs = 1000 * torch.exp(-math.log(10000) * index / (dim // 2))
+    freqs = 1000 * 10000 ** (-torch.arange(dim // 2, device=tau.device) / (dim // 2))
     angles = tau[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -70,8 +68,7 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.gate, self.dropout = c.heads, c.gate, c.dropout
-        self.causal = c.model == 'ar'
+        self.c = c
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
         self.out = nn.Linear(c.width, c.width, bias=False)
         self.up = nn.Linear(c.width, 4 * c.width)
@@ -79,22 +76,22 @@ class Block(nn.Module):
         self.ada = nn.Linear(c.cond, 6 * c.width)
 
     def forward(self, x, cond, cos, sin, cache=None, at=0):
-        B, L, D = x.shape
+        (B, L, D), c = x.shape, self.c
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(cond)[:, None].chunk(6, dim=-1)
         y = F.layer_norm(x, (D,)) * (1 + scale1) + shift1
-        q, k, v = self.qkv(y).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(y).view(B, L, 3, c.heads, D // c.heads).permute(2, 0, 3, 1, 4)
         # unit-size queries and keys bound the attention logits: the learning rate may be large
         q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)      # (B, heads, L, D/heads)
         k = rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
         if cache is not None:           # ar: one token is new, of those before it these are kept
             cache[:, :, :, at:at + L] = torch.stack([k, v])
             k, v = cache[:, :, :, :at + L].to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=c.model == 'ar' and cache is None)
         y = self.out(y.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
-        x = x + (self.gate + gate1) * F.dropout(y, self.dropout, self.training)
+        x = x + (c.gate + gate1) * F.dropout(y, c.dropout, self.training)
         y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
         y = self.down(F.gelu(self.up(y)))
-        return x + (self.gate + gate2) * F.dropout(y, self.dropout, self.training)
+        return x + (c.gate + gate2) * F.dropout(y, c.dropout, self.training)
 
 class Denoiser(nn.Module):
     """The transformer. It owns the embedding table E, in whose row space the noisy rows live."""
@@ -105,8 +102,8 @@ class Denoiser(nn.Module):
         self.embed = nn.Parameter(torch.empty(c.vocab, C))                      # E (V, C)
         self.into = nn.Linear(C, c.width, bias=False) if C != c.width else nn.Identity()
         self.position = nn.Parameter(torch.empty(c.length, c.width))
-        # added where a token is given: of its own, where E has few channels, since these are spent
-        # on what noise must decide and would hardly tell the digits of a source apart
+        # added where a token is given: vectors of their own if E has few channels, as those are
+        # spent on what noise must decide and would hardly tell the digits of a source apart
         self.known = nn.Embedding(1 + (c.vocab if c.code else 1), c.width)      # 0: to write
         self.time, *to = (
             nn.Sequential(nn.Linear(256, c.cond), nn.SiLU(), nn.Linear(c.cond, c.cond))
@@ -115,28 +112,26 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.ada = nn.Linear(c.cond, 2 * c.width)
         self.head = nn.Linear(c.width, out)                                     # not tied to E
+        self.cap = 30 if c.model == 'flm' else 0        # soft, keeps a flow's bf16 logits finite
         half = c.width // c.heads // 2
         angle = torch.arange(c.length)[:, None] * 10000 ** (-torch.arange(half) / half)
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
 
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
+        for p in self.parameters():
+            nn.init.normal_(p, std=p.shape[1] ** -0.5) if p.ndim == 2 else nn.init.zeros_(p)
         # as large as the noise beside it: 0.02, as usual, takes hundreds of iterations to be heard
         nn.init.normal_(self.position)
         nn.init.normal_(self.known.weight)
-        # zero: the time modulates nothing yet, every token is equally likely, and a fresh target
-        # time leaves a student equal to its teacher
+        # zero: nothing modulated yet, all tokens equally likely, a fresh student like its teacher
         for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
                       *([self.time_to[2]] if c.two_time else [])]:
             nn.init.zeros_(layer.weight)
 
-    def forward(self, h, given, tau, tau_to=None, cache=None, at=0):
+    def forward(self, h, given, tau, tau_to=None, target=None, cache=None, at=0):
         """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32.
 
+        With a target, ids (B, L) or p (B, L, V): the cross-entropy at each position (B, L), nats.
         ar: with a cache (layers, 2, B, heads, length, D/heads), h holds the positions from `at` on.
         """
         known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
@@ -147,16 +142,15 @@ class Denoiser(nn.Module):
         for block, kept in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             x = block(x, cond, self.cos[here], self.sin[here], kept, at)
         shift, scale = self.ada(cond)[:, None].chunk(2, dim=-1)
-        return self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).float()
+        x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        return logits_or_nats(x, self.head.weight, self.head.bias, self.cap, target)
 
-# -------------------------------------------------------------------------------------------------
-# Pure functions: the mathematics, testable on toys with known answers. t, s, u broadcast.
-
+# ---- Pure functions: the mathematics, testable on toys with known answers; t, s, u broadcast ----
 def right_token(t, K, share=1.0):
     """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813.
 
-    t (n,) float64 in [0, 1), K the vocabulary size -> (n,), by 100 Gauss-Hermite nodes. `share`
-    scales the signal-to-noise ratio t/(1-t), for a reader who sees less than x_t.
+    t (n,) float64 in [0, 1), K the vocabulary size -> (n,). `share` scales t/(1-t), the ratio of
+    signal to noise, for a reader who sees less than x_t.
     """
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(100))
     log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])    # (n, 100)
@@ -178,8 +172,7 @@ def interpolate(x, xs, ys):
 
 def jump(x, p, s, t):
     """X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p: an Euler step for p = D_s, the flow map for
-    p = delta_{s,t} (arXiv:2602.16813). x and p both dense, or both times E.
-    """
+    p = delta_{s,t} (arXiv:2602.16813); x and p both dense, or both times E."""
     keep = (1 - t) / (1 - s).clamp(min=1e-6)
     return keep * x + (1 - keep) * p
 
@@ -189,25 +182,26 @@ def bridge(x, e, t, s, noise):
     v = (1 - s) ** 2 * (1 - a * t / s)
     return a * x + (s - a * t) * e + v.clamp(min=0).sqrt() * noise
 
-# -------------------------------------------------------------------------------------------------
-# FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
+# ---- FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time) ----
+class Model(nn.Module):
+    """What the models below have: a Config and a Denoiser."""
 
-class OneHotFlow(nn.Module):
+    def __init__(self, c, out=None):
+        super().__init__()
+        self.config, self.net = c, Denoiser(c, out or c.vocab)
+
+class OneHotFlow(Model):
     """The flow of one-hot tokens, seen through E, on one of these time axes:
 
     paper     tau rises as the error of argmax over x_t falls, arXiv:2602.16813
     reader    the same for who reads h = x_t E. Whitened by its noise covariance E^T E, a token's
               signal has E_k (E^T E)^-1 E_k^T of its energy, mean C/V: t/(1-t) times sqrt(C/V)
-    measured  at first as `reader`, then as the loss of this very network falls (refit), so that
-              any part of the way decides as many nats as another
-    uniform   tau = t
-    number    a factor on t/(1-t) chosen by hand
+    measured  as `reader`, then refit: any part of the way decides as many nats as another
+    uniform   tau = t;   a number: a factor on t/(1-t) chosen by hand
     """
 
     def __init__(self, c):
-        super().__init__()
-        self.config = c
-        self.net = Denoiser(c, out=c.vocab)
+        super().__init__(c)
         reader = min(1, (c.code or c.width) / c.vocab) ** 0.5
         shares = dict(reader=reader, measured=reader, paper=1, uniform=1)
         ts, taus = time_axis(c.vocab, shares.get(c.axis) or float(c.axis))
@@ -245,8 +239,7 @@ class OneHotFlow(nn.Module):
     def noise(self, B, L, rng=None, factor=None):
         """eps E, eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C)."""
         factor = self.noise_factor() if factor is None else factor
-        z = torch.randn(B, L, len(factor), generator=rng, device=factor.device)
-        return z @ factor
+        return torch.randn(B, L, len(factor), generator=rng, device=factor.device) @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
         """Noisy rows at tau (B,): tokens (B, L) -> h (B, L, C); given positions stay clean."""
@@ -255,31 +248,25 @@ class OneHotFlow(nn.Module):
         h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
         return torch.where(given[..., None] < 0, h, clean)
 
-    def predict(self, h, given, tau, tau_to=None):
-        """The network on rows h (B, L, C) brought to unit size -> logits (B, L, V)."""
+    def predict(self, h, given, tau, tau_to=None, target=None):
+        """The network on rows h (B, L, C) brought to unit size -> logits (B, L, V), or nats."""
         t = self.t_of(tau)[:, None, None]
         V, C = self.net.embed.shape
         # mean squares per channel: |E|^2 / C for noise (it adds up over V tokens), 1/V of it for a
         # clean token. A constant per t, not each token's own norm: of few channels that tells much
         size = torch.where(given[..., None] < 0, (1 - t) ** 2 + t ** 2 / V, 1 / V)
         size = (size / C).sqrt() * self.net.embed.detach().float().norm()
-        logits = self.net(h / size, given, tau, tau_to)
-        return 30 * torch.tanh(logits / 30)         # soft cap, keeps bf16 logits finite
+        return self.net(h / size, given, tau, tau_to, target)
 
     def loss(self, tokens, given, tau, rng=None):
         """Cross-entropy of the clean tokens, mean over positions not given: (B,), nats."""
         h = self.corrupt(tokens, given, tau, rng)
-        return row_cross_entropy(self.predict(h, given, tau), tokens, given)
+        return row_mean(self.predict(h, given, tau, target=tokens), given)
 
     def begin(self, given, rng=None, factor=None):
         """Pure noise around the given tokens: h (B, L, C)."""
         clean = self.net.embed[given.clamp(min=0)].float()
         return torch.where(given[..., None] < 0, self.noise(*given.shape, rng, factor), clean)
-
-    def one_call(self, h, given):
-        """A flow map's logits (B, L, V) of the text that pure noise h stands for."""
-        start = torch.zeros_like(h[:, 0, 0])
-        return self.predict(h, given, start, start + 1)
 
     def jump(self, h, p, given, tau_s, tau_t):
         """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given rows stay."""
@@ -314,9 +301,7 @@ class OneHotFlow(nn.Module):
                     h = t / r * h + gamma * (1 - t) * self.noise(B, L, rng, factor)
             h = torch.where(given[..., None] < 0, h, clean)
 
-# -------------------------------------------------------------------------------------------------
-# DiffuSeq and DLM-One: diffusion of embeddings (teacher) and its one-call generator (start > 0)
-
+# ---- DiffuSeq and DLM-One: diffusion of embeddings and its one-call generator ----
 def noise_level(t):
     """a(t), s(t) of x_t = a x + s eps, a^2 + s^2 = 1: the square-root schedule of DiffuSeq.
 
@@ -338,24 +323,19 @@ def ddim(x_t, x, t, s):
     (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
     return a_s * x + s_s / s_t * (x_t - a_t * x)
 
-class EmbeddingDiffusion(nn.Module):
+class EmbeddingDiffusion(Model):
     """DiffuSeq (arXiv:2210.08933): Gaussian diffusion of embeddings; the network guesses x.
-
-    Given positions keep their embedding at all times. What is learned is a table E with x near
-    E[token] that rounding can tell apart, so the rounding head is E itself with a bias.
-    """
+    Given positions keep their embedding at all times. The rounding head is E itself with a bias."""
     GRAIN = 0.121       # the clean end is a little noisy, x = E[token] + 0.121 n: s at i = 0
 
     def __init__(self, c):
-        super().__init__()
-        self.config = c
-        self.net = Denoiser(c, out=c.code or c.width)
+        super().__init__(c, out=c.code or c.width)
         nn.init.normal_(self.net.embed)             # of the size of the noise
         self.bias = nn.Parameter(torch.zeros(c.vocab))
 
-    def round(self, x):
-        """Logits of the tokens that x (B, L, C) may stand for: (B, L, V)."""
-        return x.float() @ self.net.embed.float().T + self.bias
+    def round(self, x, target=None):
+        """Logits (B, L, V) of the tokens that x (B, L, C) may stand for; see Denoiser."""
+        return logits_or_nats(x.float(), self.net.embed.float(), self.bias, 0, target)
 
     def predict(self, x_t, given, t):
         """The clean x (B, L, C) seen from x_t at time t (B,)."""
@@ -376,9 +356,9 @@ class EmbeddingDiffusion(nn.Module):
         guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
-        loss = error + row_cross_entropy(self.round(x), tokens, torch.full_like(given, -1))
+        loss = error + self.round(x, tokens).mean(1)
         if self.config.anchor:
-            loss = loss + self.config.anchor * row_cross_entropy(self.round(guess), tokens, given)
+            loss = loss + self.config.anchor * row_mean(self.round(guess, tokens), given)
         return loss
 
     def begin(self, given, rng=None):
@@ -392,15 +372,9 @@ class EmbeddingDiffusion(nn.Module):
         """The one-call generator: x (B, L, C), with gradient."""
         return self.predict(x_t, given, torch.full_like(x_t[:, 0, 0], self.config.start))
 
-    def one_call(self, x_t, given):
-        """Its logits (B, L, V)."""
-        return self.round(self.generate(x_t, given))
-
     def calls(self, given, nfe, rng, choose, sampler='ancestral', clamp=False):
-        """As a flow's calls; sampler: ancestral | ddim, both right for any stride.
-
-        clamp    every guess goes to the nearest embedding before it is used
-        """
+        """As a flow's calls; sampler: ancestral | ddim, right for any stride; clamp: a guess goes
+        to the nearest embedding before it is used."""
         E = self.net.embed.float()
         x_t = clean = self.begin(given, rng)
         for t, s in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=E.device)):
@@ -412,27 +386,20 @@ class EmbeddingDiffusion(nn.Module):
                    ancestral(x_t, x, t, s, self.noise(clean, rng)))
             x_t = torch.where(given[..., None] < 0, x_t, clean)
 
-# -------------------------------------------------------------------------------------------------
-# The baselines, on tokens themselves: the same network, all it sees is given
-
-class MaskedDiffusion(nn.Module):
+# ---- The baselines, on tokens themselves: the same network, all it sees is given ----
+class MaskedDiffusion(Model):
     """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
 
-    def __init__(self, c):
-        super().__init__()
-        self.config = c
-        self.net = Denoiser(c, out=c.vocab)
-
-    def predict(self, seen, cache=None, at=0):
-        """Logits (B, L, V) of the tokens behind those seen (B, L), of which -1 is a mask."""
+    def predict(self, seen, target=None, **cache):
+        """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked, or nats."""
         h = torch.where(seen[..., None] < 0, 0, self.net.embed[seen.clamp(min=0)])
-        return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), cache=cache, at=at)  # no time
+        return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), None, target, **cache)   # no time
 
     def loss(self, tokens, given, t, rng=None):
         """Bound on -log p, nats per position not given: the guesses' own over 1 - t (B,)."""
         hide = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
         seen = torch.where(hide & (given < 0), -1, tokens)
-        loss = token_cross_entropy(self.predict(seen), tokens) / (1 - t[:, None]).clamp(min=1e-3)
+        loss = self.predict(seen, tokens) / (1 - t[:, None]).clamp(min=1e-3)
         return row_mean(torch.where(seen < 0, loss, 0), given)
 
     def calls(self, given, nfe, rng, choose):
@@ -450,14 +417,10 @@ class MaskedDiffusion(nn.Module):
 class Autoregressive(MaskedDiffusion):
     """Writes from left to right: at each position it sees those before, and predicts its token."""
 
-    def token_loss(self, tokens):
-        """-log p of each token given all before it: (B, L) -> (B, L), nats."""
-        before = F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab - 1)
-        return token_cross_entropy(self.predict(before), tokens)
-
     def loss(self, tokens, given, tau=None, rng=None):
-        """Mean of them over positions not given: (B,)."""
-        return row_mean(self.token_loss(tokens), given)
+        """-log p of each token given all before it, mean over positions not given: (B,), nats."""
+        before = F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab - 1)
+        return row_mean(self.predict(before, tokens), given)
 
     def calls(self, given, nfe, rng, choose):
         """As a flow's calls, but L of them, whatever nfe says."""
@@ -465,20 +428,18 @@ class Autoregressive(MaskedDiffusion):
         cache = self.net.head.weight.new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
         row = torch.full((B, L + 1), c.vocab - 1, device=given.device)          # <bos> and the row
         for at in range(L):
-            p = choose(self.predict(row[:, at:at + 1], cache, at))
+            p = choose(self.predict(row[:, at:at + 1], cache=cache, at=at))
             row[:, at + 1] = torch.where(given[:, at] < 0, draw(p, rng)[:, 0], given[:, at])
             yield row[:, 1:]
 
-# -------------------------------------------------------------------------------------------------
-# What the models share
-
+# ---- What the models share ----
 def build(config):
     """The model a Config describes."""
     return {'flm': OneHotFlow, 'diffuseq': EmbeddingDiffusion, 'mdlm': MaskedDiffusion,
             'ar': Autoregressive}[config.model](config)
 
 @torch.no_grad()
-def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=None, **how):
+def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=lambda *_: 0, **how):
     """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
 
     temperature, top_p act on every prediction; watch(i, tokens) sees what each call would write.
@@ -486,14 +447,13 @@ def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=No
     def choose(logits):
         logits = logits / temperature
         logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
-        return nucleus(logits.softmax(-1), top_p)
+        return logits.softmax(-1) if top_p >= 1 else nucleus(logits.softmax(-1), top_p)
 
     nfe = given.shape[1] if model.config.model == 'ar' else nfe
     # in this order zip does not ask for a state after the last call
     for i, tokens in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
         tokens = torch.where(given < 0, tokens, given)
-        if watch:
-            watch(i, tokens)
+        watch(i, tokens)
     return tokens
 
 def is_student(config):
@@ -506,8 +466,6 @@ def row_mean(x, given):
 
 def nucleus(p, top_p):
     """Keep the most likely tokens of total probability top_p: (..., V) -> (..., V)."""
-    if top_p >= 1:
-        return p
     sorted_p, order = p.sort(dim=-1, descending=True)
     sorted_p = sorted_p * (sorted_p.cumsum(-1) - sorted_p < top_p)
     p = torch.zeros_like(p).scatter(-1, order, sorted_p)
@@ -517,20 +475,55 @@ def draw(p, rng=None):
     """One token per position: (B, L, V) -> (B, L)."""
     return torch.multinomial(p.flatten(0, 1), 1, generator=rng).view(p.shape[:-1])
 
-def row_cross_entropy(logits, target, given):
-    """Mean over positions not given: logits (B, L, V), ids (B, L) or p (B, L, V) -> (B,), nats."""
-    return row_mean(token_cross_entropy(logits, target), given)
+def logits(y, weight, bias, cap):
+    """y W^T + b in fp32, softly capped if `cap` is not 0: (..., D) -> (..., V)."""
+    x = F.linear(y, weight, bias).float()
+    return x.div_(cap).tanh_() * cap if cap else x
 
-def token_cross_entropy(logits, target):
-    """The same at each position: (B, L)."""
-    # tokens in a long row: its other form, (B, V, L), costs a copy and slow strides
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction='none')
-    return loss.view(logits.shape[:2])
+class CrossEntropy(torch.autograd.Function):
+    """Logits of y (n, D) against ids (n,) or p (n, V): (n,), nats, in fp32.
 
-# -------------------------------------------------------------------------------------------------
-# Tokenizers, files and checkpoints: tensors and plain values only
+    A CHUNK of logits at a time, and once more for the gradients: no (n, V) exists if V is large.
+    """
 
-FORMAT = 2      # of checkpoints
+    @staticmethod
+    def forward(ctx, y, weight, bias, cap, target):
+        ctx.cap, norm, right = cap, [], []
+        ctx.n = max(1, CHUNK.get(y.device.type, 2 ** 22) // len(weight))
+        for y_n, aim in zip(y.split(ctx.n), target.split(ctx.n)):
+            x = logits(y_n, weight, bias, cap)
+            norm.append(x.logsumexp(-1))
+            right.append(x.gather(1, aim[:, None])[:, 0] if aim.ndim == 1 else (x * aim).sum(-1))
+        ctx.save_for_backward(y, weight, bias, target, norm := torch.cat(norm))
+        return norm - torch.cat(right)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, weight, bias, target, norm = ctx.saved_tensors
+        y_grad, w_grad, b_grad = [], torch.zeros_like(weight, dtype=torch.float32), 0
+        for y_n, aim, z, g in zip(*(a.split(ctx.n) for a in (y, target, norm, grad))):
+            x = logits(y_n, weight, bias, ctx.cap)
+            p = (x - z[:, None]).exp_()             # softmax minus target, times the cap's slope
+            one = torch.ones_like(z)[:, None]
+            p.sub_(aim) if aim.ndim > 1 else p.scatter_add_(1, aim[:, None], -one)
+            p *= g[:, None]
+            if ctx.cap:
+                p.addcmul_(p, x.div_(ctx.cap).square_(), value=-1)
+            b_grad, p = b_grad + p.sum(0), p.to(y.dtype)
+            y_grad.append(p @ weight)
+            w_grad += p.T @ y_n
+        return torch.cat(y_grad), w_grad.to(weight.dtype), b_grad.to(bias.dtype), None, None
+
+def logits_or_nats(y, weight, bias, cap, target):
+    """Logits (B, L, V) of y (B, L, D), or with a target their cross-entropy (B, L)."""
+    if target is None:
+        return logits(y, weight, bias, cap)
+    kind = y.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else y.dtype
+    y, weight, bias = (x.to(dtype) for x in (y.flatten(0, 1), weight, bias))
+    return CrossEntropy.apply(y, weight, bias, cap, target.flatten(0, 1)).view(target.shape[:2])
+
+# ---- Tokenizers, files and checkpoints: tensors and plain values only ----
 def encoding(spec):
     """The tiktoken.Encoding of a dict {name, pattern, tokens as latin-1 strings in rank order}."""
     import tiktoken
@@ -551,14 +544,12 @@ def split_rows(rows, meta):
 
 def write_whole(path, data):
     """Write bytes or an array completely or not at all: to a file beside it, then os.replace."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = Path(f'{path}.tmp')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
             f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+            f.flush(), os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
         fail(f'{path}: cannot be written ({e.strerror}); make room, or name another folder')
@@ -570,10 +561,16 @@ def write_dataset(folder, train, val, spec, **about):
     V = len(spec['tokens'])
     meta = {'format': 1, 'name': Path(folder).name, 'vocab': V + len(SPECIAL), **about,
             'special': {name: V + i for i, name in enumerate(SPECIAL)}, 'train_tokens': len(train),
-            'val_tokens': len(val), 'python': platform.python_version(), 'tokenizer': spec}
-    write_whole(Path(folder) / 'train.bin', train)
-    write_whole(Path(folder) / 'val.bin', val)
-    write_whole(Path(folder) / 'meta.json', json.dumps(meta).encode())
+            'val_tokens': len(val), 'tokenizer': spec}
+    meta['crc'] = checksum(meta, train, val)
+    about = json.dumps(meta).encode()
+    for name, data in ('train.bin', train), ('val.bin', val), ('meta.json', about):
+        write_whole(Path(folder) / name, data)
+
+def checksum(meta, *ids):
+    """Of all that a data folder holds; of files from 256 MB on only the length, to start fast."""
+    about = json.dumps({**meta, 'crc': 0}).encode()
+    return [zlib.crc32(x if len(x) < 2 ** 27 else str(len(x)).encode()) for x in (about, *ids)]
 
 def load(path, device='cpu'):
     """model.pt or its folder -> (averaged model in eval mode, checkpoint dict), or one line."""
@@ -581,7 +578,8 @@ def load(path, device='cpu'):
     if not path.is_file():
         fail(f'{path}: no such checkpoint; make one with train_teacher.py, then distill.py')
     try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        whole = not zipfile.ZipFile(path).testzip()     # which looks at all checksums
+        ckpt = torch.load(path, map_location='cpu', weights_only=True) if whole else {}
         if ckpt['format'] > FORMAT:
             fail(f'{path}: its format {ckpt["format"]} is newer than this code (format {FORMAT})')
         model = build(Config(**ckpt['config']))
@@ -590,11 +588,11 @@ def load(path, device='cpu'):
         fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt
 
-def save(path, model, ema, **more):
+def save(path, model, ema, opts=(), **more):
     """A checkpoint file, whole or not at all; `more` holds tensors and plain values."""
     ckpt = {'format': FORMAT, 'config': asdict(model.config), 'model': model.state_dict(),
-            'ema': ema.state_dict(), **more,
-            'versions': {'torch': str(torch.__version__), 'python': platform.python_version()}}
+            'ema': ema.state_dict(), 'optimisers': [opt.state_dict() for opt in opts],
+            'torch': str(torch.__version__), **more}
     buffer = io.BytesIO()
     torch.save(ckpt, buffer)
     write_whole(path, buffer.getbuffer())

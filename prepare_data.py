@@ -42,7 +42,6 @@ class Options:
     seed: int = 0           # of the choice of the rows held out
 
 # ---- The command line of every script; torch is not needed for -h ----
-
 def fail(message):
     """End with one line on stderr and exit status 2, argparse's own."""
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
@@ -62,10 +61,11 @@ def parse(options, positional=''):
         how = dict(nargs='?*'[f.type is tuple]) if free else kinds.get(f.type, dict(type=f.type))
         parser.add_argument(f.name if free else '--' + f.name.replace('_', '-'), default=f.default,
                             help=f'{told[f.name]} [{f.default}]', **how)
-    return options(**vars(parser.parse_args()))
+    o = options(**vars(parser.parse_args()))
+    wrong = [k for k, x in vars(o).items() if isinstance(x, (int, float)) and not 0 <= x < 1e300]
+    return fail(f'--{wrong[0].replace("_", "-")}: must be a number from 0') if wrong else o
 
 # ---- Tokenizers: a dict {name, pattern, tokens as latin-1 strings in rank order} ----
-
 # a word, a digit or a run of punctuation, each with at most one space before it
 WORDS = r' ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+'
 
@@ -115,7 +115,6 @@ def make_tokenizer(how, texts):
     return {'name': how, 'pattern': gpt2._pat_str, 'tokens': list(tokens)}
 
 # ---- dates: the exact yardstick. One source, eight right answers, all samples checkable ----
-
 DATE_TOKENS = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
 
 def date_forms(iso):
@@ -135,7 +134,6 @@ def dates():
     return [(day, form) for day in days for form in date_forms(day)]
 
 # ---- Other texts: the prose in every Python; local files and the hub, both through `datasets` ----
-
 def docstrings():
     """Yield the docstrings of the standard library without its tests, then the help topics."""
     library = Path(sysconfig.get_path('stdlib'))
@@ -206,7 +204,6 @@ def untokenise(text):
     return text
 
 # ---- Writing ----
-
 def pack_rows(enc, items, length):
     """Documents -> flat ids of rows, laid out as described above, and the rows' length."""
     eos, pad, sep = (enc._special_tokens[s] for s in SPECIAL[:3])
@@ -287,13 +284,11 @@ def main(o):
     if min(len(train), len(val)) < length:
         fail(f'too little text for rows of {length} tokens; give more, or a smaller --length')
 
-    # 3. files
     left_out = len(items) - (len(train) + len(val)) // length if kind == 'rows' else 0
     write_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length, source=source,
                   left_out=left_out)
-    print(f'{folder}: {len(train):,} tokens in train.bin, {len(val):,} in val.bin, {kind} of '
-          f'{length}, {left_out:,} left out (too long, or with a text of val); '
-          f'tokenizer {spec["name"]}; {time.time() - start:.0f} s')
+    print(f'{folder}: {len(train):,} tokens to train on, {len(val):,} for val, {kind} of {length}, '
+          f'{left_out:,} left out (long, or in val); {spec["name"]}; {time.time() - start:.0f} s')
     print(f'next: python train_teacher.py --data {folder}')
 
 if __name__ == '__main__':

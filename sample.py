@@ -50,7 +50,6 @@ from train_teacher import (autocast, generator, get_batch, load_data,  # noqa: E
                            pick_device)
 
 # ---- Writing rows ----
-
 def encode(enc, spec, text):
     """Token ids of `text`; ValueError names the first piece that the tokenizer lacks."""
     if spec['name'] == 'dates':         # no byte fallback here: every piece must be a token itself
@@ -96,7 +95,6 @@ def most_alike(pairs):
     return pairs[alike.index(max(alike))]
 
 # ---- Is it text? ----
-
 def to_texts(rows, meta, enc=None):
     """Rows (B, L) -> list of (source, text)."""
     enc = enc or encoding(meta['tokenizer'])
@@ -139,7 +137,7 @@ def show_info(path, ckpt, model):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f'{path}: {model.config.model} {who}, {size:.2f}M parameters, iteration {ckpt["iter"]}')
     ckpt['data'] = {**ckpt['meta'], 'tokenizer': ckpt['meta']['tokenizer']['name']}
-    for name in ('config', 'options', 'teacher', 'data', 'versions'):
+    for name in ('config', 'options', 'teacher', 'data'):
         print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt.get(name, {}).items()))
 
 def compare(student, teacher, meta, given, o, data):
@@ -165,7 +163,7 @@ def animate(nfe, meta, enc):
         up = f'\033[{len(lines)}A' if i else ''            # back to the first line; then clear each
         print(up + '\n'.join(f'\033[K{line[:100]}' for line in lines), flush=True)
         time.sleep(0.05)
-    return watch if sys.stdout.isatty() else None
+    return watch
 
 def check(o, meta, config):
     for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('mbr', 0, 10 ** 4),
@@ -203,7 +201,7 @@ def main(o):
         if is_student(teacher.config) or other['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
         return compare(model, teacher, meta, given, o, data)
-    how = dict(watch=animate(o.nfe, meta, enc) if o.watch else None)
+    how = dict(watch=animate(o.nfe, meta, enc)) if o.watch and sys.stdout.isatty() else {}
     how |= {name: value for name in ('sampler', 'clamp') if (value := getattr(o, name))}
     how |= dict(temperature=o.temperature, top_p=o.top_p) | ({'gamma': o.gamma} if o.gamma else {})
     rows, seconds = write(model, given, o.nfe, o.seed, **how)

@@ -1,8 +1,7 @@
 """Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
-    python train_teacher.py --data data/dates --model diffuseq --code 8 --iters 1500 --decay 0.9
+    python train_teacher.py --data data/dates --model diffuseq --code 8
     python train_teacher.py --model mdlm        # or ar: the baselines
     torchrun --standalone --nproc_per_node=8 train_teacher.py --layers 12 --width 768   # on GPUs
 
@@ -13,9 +12,13 @@ import copy
 import json
 import os
 import re
+import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 
 from prepare_data import fail, parse
@@ -55,35 +58,30 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from model import Config, build, load, save, write_whole  # noqa: E402
+from model import Config, build, checksum, load, save  # noqa: E402
 
-# -------------------------------------------------------------------------------------------------
-# What distill.py needs as well
-
+# ---- What distill.py needs as well ----
 def load_data(folder):
     """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
     folder = Path(folder)
     if not (folder / 'meta.json').is_file():
         fail(f'{folder} holds no prepared data; run: python prepare_data.py {folder.name}')
-    meta = json.loads((folder / 'meta.json').read_text())
-    ids = [np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r') for split in ('train', 'val')]
-    for split, array in zip(('train', 'val'), ids):
-        if len(array) != meta[f'{split}_tokens']:
-            fail(f'{folder}/{split}.bin has {len(array)} tokens, its meta.json says '
-                 f'{meta[f"{split}_tokens"]}; run: python prepare_data.py {folder.name}')
-    return meta, *ids
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        meta = json.loads((folder / 'meta.json').read_bytes())
+        ids = [np.memmap(folder / f'{x}.bin', dtype='<u2', mode='r') for x in ('train', 'val')]
+        if meta['format'] == 1 and meta['crc'] == checksum(meta, *ids):
+            return meta, *ids
+    fail(f'{folder}: damaged, or of another version; run: python prepare_data.py {folder.name}')
 
 def get_batch(ids, meta, n, share, cpu, device):
     """n random rows: tokens and given (n, L) int64, tau (n,) stratified over the batch.
 
-    Pairs have their source given. Of other rows a `share` has a random prefix or random tokens
-    given, which is what makes prompts and infilling work in a single call.
-    """
+    Of pairs the source is given, of a `share` of other rows a random prefix or random tokens: that
+    makes prompts and infilling work in a single call."""
     L = meta['length']
     stride = L if meta['kind'] == 'rows' else 1         # any window of a stream is a row
     at = torch.randint((len(ids) - L) // stride + 1, (n,), generator=cpu) * stride
-    rows = np.stack([ids[i:i + L] for i in at.tolist()]).astype(np.int64)
-    tokens = torch.from_numpy(rows)                                             # (n, L)
+    tokens = torch.from_numpy(np.stack([ids[i:i + L] for i in at.tolist()]).astype(np.int64))
     if meta['pairs']:
         given = up_to(tokens, meta, '<sep>')
     else:
@@ -93,8 +91,7 @@ def get_batch(ids, meta, n, share, cpu, device):
         known = (r[0] < share) & torch.where(r[2] < 0.5, prefix, spread)
         given = torch.where(known, tokens, -1)                                  # (n, L)
     tau = (torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1
-    on_gpu = device.type == 'cuda'
-    return tuple((x.pin_memory() if on_gpu else x).to(device, non_blocking=True)
+    return tuple((x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
                  for x in (tokens, given, tau))
 
 def up_to(tokens, meta, end):
@@ -103,14 +100,12 @@ def up_to(tokens, meta, end):
     return torch.where(ends.cumsum(1) - ends.long() == 0, tokens, -1)
 
 def pick_device(name):
-    """The torch.device named, else cuda, mps or cpu in this order."""
-    name = name or ('cuda' if torch.cuda.is_available() else
-                    'mps' if torch.backends.mps.is_available() else 'cpu')
+    """The torch.device named, else the machine's accelerator, else its CPU."""
     try:
-        torch.empty(1, device=name)
+        best = torch.accelerator.current_accelerator(check_available=True)
+        return torch.empty(1, device=name or best or 'cpu').device
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f'--device {name} is not available; leave it out to use what there is')
-    return torch.device(name)
 
 def autocast(device):
     """bf16 where the GPU has it, fp32 elsewhere."""
@@ -123,15 +118,12 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 def join(o):
-    """This process's rank and the number of processes: torchrun's, else 0 and 1.
-
-    Noise belongs to a part of the batch: one process with n parts trains as n processes do.
-    """
+    """This process's rank, how many there are, and a list: once it is not empty, stop."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    # noise belongs to a part of the batch: one process with n parts trains as n processes do
     o.parts = o.parts or world
-    if min(o.batch, o.parts, o.warmup, o.eval_every) < 1 or min(
-            o.iters, o.seed, o.lr, o.muon_lr, o.decay, 1 - o.decay) < 0:
-        fail('--batch, --parts, --warmup, --eval-every: from 1; --decay: 0 to 1; none negative')
+    if min(o.batch, o.parts, o.warmup, o.eval_every) < 1 or max(o.decay, o.ema) > 1:
+        fail('--batch, --parts, --warmup, --eval-every: from 1; --decay, --ema: to 1')
     if o.parts % world or o.batch % o.parts:
         fail(f'--batch {o.batch}: a multiple of --parts {o.parts}, and that of {world} processes')
     if world > 1:
@@ -141,7 +133,10 @@ def join(o):
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if rank:
         sys.stdout = open(os.devnull, 'w')          # the first process speaks for all
-    return rank, world
+    told = []           # by Ctrl-C or SIGTERM, if it runs alone; the second one kills
+    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
+        signal.signal(number, lambda n, _: told.append(signal.signal(n, signal.SIG_DFL)))
+    return rank, world, told
 
 def add_up(tensors):
     """Each tensor becomes its sum over all processes; one message."""
@@ -156,16 +151,15 @@ def optimisers(model, o):
     if o.optimiser not in ('muon', 'adamw'):
         fail(f'--optimiser {o.optimiser}: use muon or adamw')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inside = [name for name, p in params.items() if o.optimiser == 'muon' and p.ndim == 2
-              and 'blocks' in name and '.ada.' not in name]
+    inside = [name for name in params if o.optimiser == 'muon'
+              and re.search(r'blocks.*(qkv|out|up|down)\.weight', name)]
     # orthogonal updates of those matrices: a small network needs far fewer iterations
     made = [torch.optim.AdamW([p for name, p in params.items() if name not in inside], lr=o.lr,
                               betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     if inside:
-        if not hasattr(torch.optim, 'Muon'):
-            fail(f'torch {torch.__version__} has no Muon yet (2.9 has); use --optimiser adamw')
-        made.append(torch.optim.Muon([params[name] for name in inside], lr=o.muon_lr,
-                                     weight_decay=0.0))
+        muon = getattr(torch.optim, 'Muon', None) or fail(
+            f'torch {torch.__version__} has no Muon yet (2.9 has); use --optimiser adamw')
+        made.append(muon([params[name] for name in inside], lr=o.muon_lr, weight_decay=0.0))
     return made
 
 def update(model, ema, opts, it, o):
@@ -184,69 +178,87 @@ def update(model, ema, opts, it, o):
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm
 
-def state(opts, it, meta, o):
-    """What a checkpoint holds beside the weights."""
-    return {'optimisers': [opt.state_dict() for opt in opts], 'iter': it, 'meta': meta,
-            'options': asdict(o)}
-
 class Log:
-    """One progress line with ETA on the terminal, the same record in log.jsonl; by rank 0."""
+    """One progress line with ETA on the terminal, the same record in <out>/log.jsonl."""
 
-    def __init__(self, out, o, start=0, rank=0):
-        self.file = Path(out) / 'log.jsonl' if rank == 0 else Path(os.devnull)
+    def __init__(self, out, o, start=0):
         self.o, self.start, self.began = o, start, time.time()
-        if start == 0 and rank == 0:
-            write_whole(self.file, b'')
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            self.file = open(Path(out) / 'log.jsonl', 'a+b', buffering=0)
+            with suppress(ImportError):         # on Windows nothing keeps a second run out
+                import fcntl
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            fail(f'{out}: cannot be written, or another run writes there ({e.strerror})')
+        self.file.seek(0)
+
+        def stays(line):        # what a killed run logged behind its last save will come again
+            found = re.fullmatch(rb'{"iter": (\d+), .*}\n', line)
+            return found and int(found[1]) <= start
+        self.file.truncate(sum(map(len, takewhile(stays, self.file if start else ()))))
 
     def __call__(self, it, **values):
         seconds = time.time() - self.began
         left = seconds / max(1, it - self.start) * (self.o.iters - it)
         text = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
                          for k, v in values.items())
-        print(f'{it:6d}/{self.o.iters}  {text}  {clock(seconds)}, {clock(left)} left', flush=True)
-        with open(self.file, 'a', encoding='utf-8') as f:
-            f.write(json.dumps({'iter': it, 'seconds': round(seconds, 2), **values}) + '\n')
+        print(f'{it:6d}/{self.o.iters}  {text}  {timedelta(seconds=int(seconds))}, '
+              f'{timedelta(seconds=int(left))} left', flush=True)
+        with suppress(OSError):         # a full disk: the next save says so
+            self.file.write(json.dumps({'iter': it, 'seconds': round(seconds, 2), **values})
+                            .encode() + b'\n')
 
-def clock(seconds):
-    return f'{int(seconds // 60)}:{int(seconds % 60):02d}'
-
-# -------------------------------------------------------------------------------------------------
-
+# ---- The script ----
 def main(o):
     if o.model not in ('flm', 'diffuseq', 'mdlm', 'ar'):
         fail(f'--model {o.model}: use flm, diffuseq, mdlm or ar')
     if not re.fullmatch(r'measured|reader|paper|uniform|\d+(\.\d+)?', o.axis):
         fail(f'--axis {o.axis}: use measured, reader, paper, uniform or a number such as 2')
-    rank, world = join(o)
+    if min(o.layers, o.heads, o.width) < 1 or o.width % (2 * o.heads) or o.dropout >= 1:
+        fail('--layers: from 1; --width: a multiple of twice --heads; --dropout: below 1')
+    rank, world, told = join(o)
     device = pick_device(o.device)
     meta, train, val = load_data(o.data)
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
     out = Path(o.out or f'out/{name}/teacher')
     torch.manual_seed(o.seed)
-    model = build(Config(
-        vocab=meta['vocab'], length=meta['length'], model=o.model, layers=o.layers, heads=o.heads,
-        width=o.width, code=o.code, dropout=o.dropout, gate=o.gate, axis=o.axis,
-        anchor=o.anchor)).to(device)
+    shape = {name: x for name, x in asdict(o).items() if name in Config.__annotations__}
+    model = build(Config(meta['vocab'], meta['length'], **shape)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     kept = restore(out, model, ema, opts) if o.resume else {}
-    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(2, 64)).to(device) * (rank == 0)
+    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(3, 64)).to(device) * (rank == 0)
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
-    log = Log(out, o, start, rank)
-    size = sum(p.numel() for p in model.parameters())
-    print(f'{size / 1e6:.2f}M parameters on {world} x {device}, {o.batch * meta["length"]:,} '
-          f'tokens per iteration, {len(train):,} in {o.data}')
-
+    log = Log(out, o, start) if rank == 0 else lambda it, **values: None
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f'{size:.2f}M parameters on {world} x {device}, {o.batch * meta["length"]:,} tokens per '
+          f'iteration, {len(train):,} in {o.data}')
     for it in range(start, o.iters + 1):
-        last = it == o.iters
-        if (it % o.eval_every == 0 and it > start) or last:
-            log(it, val=validate(ema, val, meta, device))
+        hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
+        stop = it == o.iters or len(told) > 0
+        if hundred or due or stop:
             add_up([bins])
-            bins *= rank == 0           # the first process keeps what all have counted so far
-            if rank == 0:
-                save(out / 'model.pt', model, ema, bins=bins, **state(opts, it, meta, o))
-        if last:
+            if not bins.isfinite().all():
+                bad = (~bins[0].isfinite()).nonzero().flatten().tolist()
+                fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 64; lower '
+                     f'the learning rates, and --resume goes on from the last save in {out}')
+        if hundred:
+            loss, eighths = bins[0].sum() / bins[1].sum(), bins[:2].view(2, 8, 8).sum(-1)
+            log(it, loss=loss.item(), norm=norm.item(), norm_max=bins[2, 0].item(),
+                bins=[round(x, 3) for x in (eighths[0] / eighths[1]).tolist()])
+            if o.axis == 'measured' and o.model == 'flm' and 2 * it <= o.iters:
+                model.refit(bins[0] / bins[1].clamp(min=1))
+                ema.taus.copy_(model.taus)
+            bins.zero_()
+        if due or it == o.iters:
+            log(it, val=validate(ema, val, meta, device))
+        if due or stop:
+            # the first process keeps what all have counted so far
+            bins.zero_() if rank else save(out / 'model.pt', model, ema, opts, bins=bins, iter=it,
+                                           meta=meta, options=asdict(o))
+        if stop:
             break
         batch = get_batch(train, meta, o.batch, o.given, generator('cpu', o.seed, it, 0), device)
         for part in range(rank, o.parts, world):
@@ -255,41 +267,27 @@ def main(o):
                 losses = model.loss(tokens, given, tau, generator(device, o.seed, it, 1 + part))
             (losses.sum() / o.batch).backward()
             # loss by tau, noise to data: where the teacher is still learning; and how many rows
-            bins.index_add_(1, (tau * 64).long(), torch.stack([losses, losses ** 0]).detach())
+            bins[:2].index_add_(1, (tau * 64).long(), torch.stack([losses, losses ** 0]).detach())
         norm = update(model, ema, opts, it, o)
-        if (it + 1) % 100 == 0:
-            add_up([bins])
-            loss = (bins[0].sum() / bins[1].sum()).item()
-            if not np.isfinite(loss):
-                fail(f'loss {loss} at iteration {it + 1}; lower --lr and --muon-lr, --resume')
-            eighths = bins.view(2, 8, 8).sum(-1)
-            log(it + 1, loss=loss, norm=norm.item(),
-                bins=[round(x, 3) for x in (eighths[0] / eighths[1]).tolist()])
-            if o.axis == 'measured' and o.model == 'flm' and 2 * it < o.iters:
-                model.refit(bins[0] / bins[1].clamp(min=1))
-                ema.taus.copy_(model.taus)
-            bins.zero_()
-    print(f'wrote {out}/model.pt and {out}/log.jsonl\nnext: python distill.py {out}')
+        bins[2] = bins[2].maximum(norm) * (rank == 0)
+    print(f'wrote {out}/model.pt and {out}/log.jsonl')
+    print(f'next: python distill.py {out}' if it == o.iters else
+          f'stopped at iteration {it}; the same command with --resume goes on')
 
 @torch.no_grad()
 def validate(model, ids, meta, device, batches=4):
     """Mean loss on fixed validation rows, times and noise: two runs see the same ones."""
-    losses = []
-    for i in range(batches):
-        batch = get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device)
-        with autocast(device):
-            loss = model.loss(*batch, generator(device, 1234, i, 1))
-        losses.append(loss.mean().item())
-    return sum(losses) / batches
+    with autocast(device):
+        losses = [model.loss(*get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device),
+                             generator(device, 1234, i, 1)) for i in range(batches)]
+    return torch.cat(losses).mean().item()
 
 def restore(out, model, ema, opts, **others):
     """Load <out>/model.pt into everything that trains; returns that checkpoint."""
     _, ckpt = load(out)
     try:
-        model.load_state_dict(ckpt['model'])
-        ema.load_state_dict(ckpt['ema'])
-        for name, other in others.items():
-            other.load_state_dict(ckpt[name])
+        for name, part in {'model': model, 'ema': ema, **others}.items():
+            part.load_state_dict(ckpt[name])
         for opt, values in zip(opts, ckpt['optimisers'], strict=True):
             opt.load_state_dict(values)
     except (KeyError, ValueError, RuntimeError):

@@ -6,7 +6,6 @@
     python sample.py --infill "Return ____ of the file."      # one token for each _
     python sample.py out/dates/student --source 1987-03-23    # or one source per line on stdin
     python sample.py out/pydocs/teacher --nfe 64 --watch      # see it denoise
-    python sample.py --info                                   # what a checkpoint is and holds
 """
 import functools
 import math
@@ -23,7 +22,7 @@ from prepare_data import date_forms, fail, parse
 
 @dataclass
 class Options:
-    checkpoint: str = 'out/pydocs/student'  # folder or model.pt
+    checkpoint: str = 'out/pydocs/student'  # folder or .pt file; before it is there, assets/
     nfe: int = 1                # network calls
     n: int = 8                  # rows to write (for each source)
     mbr: int = 0                # for each source: write the one of so many rows most like the rest
@@ -39,13 +38,14 @@ class Options:
     compare: str = ''           # a teacher: its rows at 1 and 64 calls beside ours, same noise
     watch: bool = False         # animate the denoising in the terminal
     info: bool = False          # describe the checkpoint and stop
+    export: str = ''            # write its averaged weights to this file, in half precision
     device: str = ''            # cpu, cuda or mps; default the best there is
 
 OPTIONS = parse(Options, positional='checkpoint') if __name__ == '__main__' else None
 
 import torch  # noqa: E402
 
-from model import encoding, is_student, load, split_rows, write_rows  # noqa: E402
+from model import encoding, is_student, load, save, split_rows, write_rows  # noqa: E402
 from train_teacher import (autocast, generator, get_batch, load_data,  # noqa: E402
                            pick_device)
 
@@ -113,9 +113,8 @@ def entropy_of(items):
 def health(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.
 
-    dates: share of valid rows (exactly one of the eight forms of their source), and entropy of the
-    forms they use over ln 8. Else: entropy of the tokens within a row (nats, mean over rows), share
-    of unique rows, share of words that the training text in `data` has.
+    dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
+    Else: entropy of a row's tokens (nats), share of unique rows, of words known from `data`.
     """
     texts = to_texts(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
@@ -133,9 +132,9 @@ def health_line(rows, meta, data, nfe, seconds):
     return f'{len(rows)} rows: {figures}; nfe {nfe}, {1000 * seconds / len(rows):.2f} ms per row'
 
 def show_info(path, ckpt, model):
-    who = 'student' if is_student(model.config) else 'teacher'
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{path}: {model.config.model} {who}, {size:.2f}M parameters, iteration {ckpt["iter"]}')
+    size, kind = sum(p.numel() for p in model.parameters()) / 1e6, model.config.model
+    print(f'{path}: {kind} {"student" if is_student(model.config) else "teacher"}, {size:.2f}M '
+          f'parameters, iteration {ckpt["iter"]}')
     ckpt['data'] = {**ckpt['meta'], 'tokenizer': ckpt['meta']['tokenizer']['name']}
     for name in ('config', 'options', 'teacher', 'data'):
         print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt.get(name, {}).items()))
@@ -172,8 +171,7 @@ def check(o, meta, config):
             fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
     samplers = {'flm': ['euler', 'ab2', 'bridge'], 'diffuseq': ['ancestral', 'ddim']}
     if o.sampler and o.sampler not in samplers.get(config.model, [])[:1 if config.two_time else 3]:
-        fail(f'--sampler {o.sampler}: euler, of a teacher also ab2 and bridge, are for flows, '
-             'ancestral and ddim for diffusions')
+        fail(f'--sampler {o.sampler}: flows have euler, teachers ab2 and bridge too; diffuseq ddim')
     if ((o.temperature, o.top_p) != (1, 1) if config.model == 'diffuseq' else o.clamp) or (
             o.gamma and config.model != 'flm'):
         fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all else')
@@ -182,13 +180,18 @@ def check(o, meta, config):
         fail('models of pairs take --source, the others either --prompt or --infill')
 
 def main(o):
+    if o.checkpoint == Options.checkpoint and not Path(o.checkpoint).exists():
+        o.checkpoint = Path(__file__).parent / 'assets/pydocs-student.pt'       # trained before
     model, ckpt = load(o.checkpoint, pick_device(o.device))
     meta, data = ckpt['meta'], ckpt.get('teacher', ckpt['options'])['data']
     if o.info:
         return show_info(o.checkpoint, ckpt, model)
+    if o.export:
+        model.net.half()        # as weights and as their average the same tensors, stored once
+        more = {k: ckpt[k] for k in ('iter', 'meta', 'options', 'teacher') if k in ckpt}
+        return save(o.export, model, model, **more)
     check(o, meta, model.config)
-    enc = encoding(meta['tokenizer'])
-    sources = [o.source]
+    enc, sources = encoding(meta['tokenizer']), [o.source]
     if meta['pairs'] and not o.source:
         if sys.stdin.isatty():
             fail('this model needs a source: --source "...", or lines on stdin')
@@ -202,16 +205,16 @@ def main(o):
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
         return compare(model, teacher, meta, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc)) if o.watch and sys.stdout.isatty() else {}
-    how |= {name: value for name in ('sampler', 'clamp') if (value := getattr(o, name))}
-    how |= dict(temperature=o.temperature, top_p=o.top_p) | ({'gamma': o.gamma} if o.gamma else {})
+    options = 'sampler', 'clamp', 'gamma', 'temperature', 'top_p'
+    how |= {name: value for name in options if (value := getattr(o, name))}
     rows, seconds = write(model, given, o.nfe, o.seed, **how)
     texts = to_texts(rows, meta, enc)
     if o.mbr:
         texts = [most_alike(texts[i:i + n]) for i in range(0, len(texts), n)]
     for source, text in texts:
         print(f'{source} -> {text}' if source else text)
-    calls = meta['length'] if model.config.model == 'ar' else o.nfe
-    print(health_line(rows, meta, data, calls, seconds), file=sys.stderr)
+    nfe = meta['length'] if model.config.model == 'ar' else o.nfe
+    print(health_line(rows, meta, data, nfe, seconds), file=sys.stderr)
 
 if __name__ == '__main__':
     main(OPTIONS)

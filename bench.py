@@ -247,7 +247,8 @@ def call_floor(model, rows, flops, bandwidth):
     weights = {name: p for name, p in model.net.named_parameters() if name != 'embed'}
     # what meets every token; the time and what it modulates are computed once a row
     each = sum(p.numel() for name, p in weights.items() if not re.search('position|time|ada', name))
-    work = 2 * each * c.length + 4 * c.layers * c.length ** 2 * c.width         # per row
+    L = 1 if c.model == 'ar' else c.length          # positions computed; its cache is not counted
+    work = 2 * each * L + 4 * c.layers * L ** 2 * c.width                       # per row
     return max(sum(p.nbytes for p in weights.values()) / bandwidth, rows * work / flops)
 
 def speed(o, paths, device):

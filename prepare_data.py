@@ -13,6 +13,7 @@ import argparse
 import ast
 import calendar
 import datetime
+import logging
 import os
 import platform
 import pydoc_data.topics
@@ -171,7 +172,7 @@ def load_texts(complaint, cache, **how):
     try:
         import datasets
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(50)
+        logging.disable()               # of the hub's client: it tells of each of its retries
         table = datasets.load_dataset(**how, cache_dir=str(cache), split='all')
     except Exception as e:              # the library and the hub's client raise dozens of kinds
         fail(f'{complaint} ({type(e).__name__})')

@@ -284,7 +284,7 @@ def test_kill_at_any_moment(dozen, tmp_path, n):
     context, rng, last = multiprocessing.get_context('forkserver'), random.Random(0), 0
     o = dict(data=f'{dozen}/data', device='cpu', batch=4, layers=1, width=32, eval_every=2)
     for _ in range(n):
-        one = train_teacher.Options(out=f'{tmp_path}/out', resume=last > 0, **o)
+        one = train_teacher.Options(out=f'{tmp_path}/out', resume=last > 0, iters=10 ** 6, **o)
         child = context.Process(target=train_teacher.main, args=(one,))
         child.start()
         time.sleep(6 + 2 * rng.random())        # of which 6 for torch to load
@@ -434,6 +434,10 @@ def test_help_shows_every_option(script, call):
     text = ' '.join(call(f'{Path(script.__file__).name} -h')[1].split())
     for field in fields(script.Options):
         assert field.name.replace('_', '-') in text and f'[{field.default}]' in text
+
+def test_what_the_readme_says_first_works(call):
+    for line in re.findall(r'python (sample\.py.*?) *#', (HERE / 'README.md').read_text())[:2]:
+        assert call(line)[0] == 0, line
 
 BUDGET = {'model.py': 600, 'train_teacher.py': 300, 'distill.py': 350, 'sample.py': 220,
           'prepare_data.py': 300, 'bench.py': 350, 'test_core.py': 450, 'README.md': 250}

@@ -193,7 +193,7 @@ def main(o):
     check(o, meta, model.config)
     enc, sources = encoding(meta['tokenizer']), [o.source]
     if meta['pairs'] and not o.source:
-        if sys.stdin.isatty():
+        if not sys.stdin or sys.stdin.isatty():
             fail('this model needs a source: --source "...", or lines on stdin')
         sources = list(filter(None, map(str.strip, sys.stdin))) or fail('no line on stdin')
     n = max(o.n, 256) if o.compare else o.mbr or o.n        # a health line needs many rows

@@ -1,6 +1,9 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
+# What the README reports, made anew: make frontier (75 minutes), axes (45), dates (35), dates-diffuseq (25), speed (25), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
+D = out/dates
+Q = out/dates-diffuseq
 
 demo: .venv
 	$(PY) prepare_data.py pydocs
@@ -14,9 +17,66 @@ test: .venv
 slow: .venv
 	$(PY) -m pytest -q -o markers=slow -m slow test_core.py
 
+# three seeds of the flow and of the two baselines, trained as long as teacher and student together;
+# AR overfits before that and stops at 950 iterations; the scorer is wider
+frontier: data/pydocs
+	for S in 0 1 2; do \
+	  $(PY) train_teacher.py --seed $$S --out out/$$S/flm/teacher && \
+	  $(PY) distill.py out/$$S/flm/teacher --seed $$S && \
+	  $(PY) train_teacher.py --seed $$S --model mdlm --iters 1900 --out out/$$S/mdlm && \
+	  $(PY) train_teacher.py --seed $$S --model ar --iters 950 --dropout 0.2 --out out/$$S/ar || exit; \
+	done
+	$(PY) train_teacher.py --model ar --iters 500 --dropout 0.2 --width 192 --seed 7 --out out/scorer
+	$(PY) bench.py quality 'out/{seed}/flm/student' 'out/{seed}/flm/teacher' 'out/{seed}/mdlm' 'out/{seed}/ar' \
+	  --nfe 1 2 4 8 32 --seeds 3 --scorer out/scorer --out assets/pydocs.json
+	$(PY) bench.py quality 'out/{seed}/flm/teacher' --sampler ab2 --nfe 8 32 --seeds 3 --out assets/ab2.json
+
+axes: data/pydocs
+	for S in 0 1; do for A in uniform paper reader measured; do \
+	  $(PY) train_teacher.py --seed $$S --axis $$A --out out/$$S/$$A || exit; \
+	done; done
+	$(PY) bench.py quality 'out/{seed}/uniform' 'out/{seed}/paper' 'out/{seed}/reader' 'out/{seed}/measured' \
+	  --nfe 8 32 --seeds 2 --out assets/axes.json
+
+# a flow map, then three rounds in which a student at rest teaches a copy of itself one call
+dates: data/dates
+	$(PY) train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
+	$(PY) distill.py $D/teacher --method lagrangian --iters 600 --decay 0.9 --lr 2e-3 --muon-lr 0.01
+	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1 --lr 2e-3 --muon-lr 0.01
+	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call-2 --iters 800 --decay 1 --lr 1e-3 --muon-lr 0.005
+	$(PY) distill.py $D/teacher --guide $D/one-call-2 --out $D/one-call --iters 700 --decay 1 --lr 1e-3 --muon-lr 0.005
+	$(PY) bench.py quality $D/teacher $D/student $D/one-call --nfe 1 2 4 64 --rows 1000 --seeds 2 --out assets/dates.json
+
+# the other paper's pair, score distillation and two such rounds
+dates-diffuseq: data/dates
+	$(PY) train_teacher.py --data data/dates --model diffuseq --code 8 --iters 1500 --decay 0.9
+	$(PY) distill.py $Q/teacher --iters 400 --decay 0.9 --eval-every 100
+	$(PY) distill.py $Q/teacher --guide $Q/student --out $Q/one-call-1 --iters 600 --decay 1 --lr 2e-3 --muon-lr 0.01
+	$(PY) distill.py $Q/teacher --guide $Q/one-call-1 --out $Q/one-call --iters 700 --decay 1 --lr 2e-3 --muon-lr 0.01
+	$(PY) bench.py quality $Q/teacher $Q/student $Q/one-call --sampler ddim --nfe 1 4 50 --rows 1000 --seeds 2 \
+	  --out assets/dates-diffuseq.json
+	$(PY) bench.py quality $Q/teacher $Q/one-call --nfe 1 2000 --rows 64 --out assets/dates-2000.json
+
+# of the models that `make frontier` leaves
+speed:
+	for R in 1 16; do $(PY) bench.py train --rows $$R --out assets/train-$$((128 * R)).json || exit; done
+	$(PY) bench.py speed out/0/flm/student out/0/flm/teacher out/0/mdlm out/0/ar --nfe 1 8 --batch 1 64 --out assets/speed.json
+
+weights:
+	$(PY) sample.py out/0/flm/student --export assets/pydocs-student.pt
+	$(PY) sample.py out/0/flm/teacher --export assets/pydocs-teacher.pt
+	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt
+	$(PY) sample.py assets/pydocs-student.pt --compare assets/pydocs-teacher.pt --film assets/pydocs-film.svg
+	$(PY) sample.py assets/dates-one-call.pt --source 2024-02-29 --compare out/dates/teacher \
+	  --film assets/dates-film.svg
+	cd assets && sha256sum *.pt > SHA256SUMS
+
+data/%: | .venv
+	$(PY) prepare_data.py $*
+
 .venv: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv
 
-.PHONY: demo test slow
+.PHONY: demo test slow frontier axes dates dates-diffuseq speed weights

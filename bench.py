@@ -31,6 +31,7 @@ class Options:
     what: tuple = ()            # quality CHECKPOINTS (of the same data) | speed CHECKPOINTS | train
     nfe: tuple = ('1', '4', '64')   # network calls
     sampler: str = ''           # quality: of the teachers, as for sample.py
+    gamma: float = 0.0          # quality: of the flows, as for sample.py
     rows: int = 500             # quality: samples per model, nfe, seed; train: rows per iteration
     per_source: int = 1         # pairs: samples for each source; from 2: unique, self-BLEU, div-4
     seeds: int = 1              # quality: of rows and noise: 0, 1, ...; {seed} in CHECKPOINTS too
@@ -162,6 +163,7 @@ def measure(model, meta, data, ids, o, nfe, seed, *compared):
     known = known[chosen].repeat_interleave(each, dim=0)    # (rows, L), every source `each` times
     given = up_to(known, meta, '<sep>') if meta['pairs'] else torch.full_like(known, -1)
     how = {'sampler': o.sampler} if o.sampler and not is_student(model.config) else {}
+    how |= {'gamma': o.gamma} if o.gamma and model.config.model == 'flm' else {}
     rows, seconds = write(model, given, nfe, seed, **how)
     figures, pairs = health(rows, meta, data), to_texts(rows, meta)
     if not meta['pairs']:
@@ -328,8 +330,8 @@ def main(o):
         fail('--nfe, --batch, --rows, --seeds, --length, --layers: whole numbers from 1')
     if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
         fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
-    if not 1 <= o.per_source <= o.rows or o.vocab < 8 or o.width % 8:
-        fail('--per-source from 1 to --rows, --vocab from 8, --width a multiple of 8')
+    if not 1 <= o.per_source <= o.rows or o.vocab < 8 or o.width % 8 or o.gamma > 1:
+        fail('--per-source from 1 to --rows, --vocab from 8, --width a multiple of 8, --gamma to 1')
     device = pick_device(o.device)
     lines = {'quality': quality, 'speed': speed, 'train': train_speed}[what](o, paths, device)
     print('\n' + table(lines))

@@ -57,7 +57,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from model import build, is_student, load, row_mean, save  # noqa: E402
-from sample import draw_rows, health  # noqa: E402
+from sample import health, write  # noqa: E402
 from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
                            load_data, optimisers, pick_device, restore, update)
 
@@ -243,6 +243,11 @@ def settle(student, guide, teacher, o):
     return losses
 
 # ---- The script ----
+def draw_rows(model, meta, ids, n, nfe, seed):
+    """Write n rows (n, L), the sources of data rows given if there are any; and the seconds."""
+    _, given, _ = get_batch(ids, meta, n, 0.0, generator('cpu', seed, 1), torch.device('cpu'))
+    return write(model, given, nfe, seed)
+
 def main(o):
     for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian')),
                           ('loss', ('sid', 'dmd'))):

@@ -2,20 +2,19 @@
 
     python sample.py                                          # out/pydocs/student, 8 sentences
     python sample.py --compare out/pydocs/teacher             # same noise: teacher and student
-    python sample.py --prompt "Return the" --nfe 4
-    python sample.py --infill "Return ____ of the file."      # one token for each _
+    python sample.py --infill "Return ____ of the file."      # one token for each _; or --prompt
     python sample.py out/dates/student --source 1987-03-23    # or one source per line on stdin
     python sample.py out/pydocs/teacher --nfe 64 --watch      # see it denoise
 """
 import functools
+import html
 import math
 import re
+import signal
 import sys
-import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 from prepare_data import date_forms, fail, parse
@@ -36,6 +35,7 @@ class Options:
     infill: str = ''            # text with holes, one _ per token
     source: str = ''            # for models of pairs: the source; without it, lines on stdin
     compare: str = ''           # a teacher: its rows at 1 and 64 calls beside ours, same noise
+    film: str = ''              # of --compare: an animated SVG to write
     watch: bool = False         # animate the denoising in the terminal
     info: bool = False          # describe the checkpoint and stop
     export: str = ''            # write its averaged weights to this file, in half precision
@@ -45,28 +45,21 @@ OPTIONS = parse(Options, positional='checkpoint') if __name__ == '__main__' else
 
 import torch  # noqa: E402
 
-from model import encoding, is_student, load, save, split_rows, write_rows  # noqa: E402
-from train_teacher import (autocast, generator, get_batch, load_data,  # noqa: E402
-                           pick_device)
+from model import (encoding, is_student, load, save, split_rows, write_rows,  # noqa: E402
+                   write_whole)
+from train_teacher import autocast, generator, load_data, pick_device  # noqa: E402
 
 # ---- Writing rows ----
-def encode(enc, spec, text):
-    """Token ids of `text`; ValueError names the first piece that the tokenizer lacks."""
-    if spec['name'] == 'dates':         # no byte fallback here: every piece must be a token itself
-        for piece in re.findall(spec['pattern'] + '|.', text, re.S):
-            if piece not in spec['tokens']:
-                raise ValueError(f'{piece!r} is not in the vocabulary of this model')
-    return enc.encode_ordinary(text)
-
 def known_row(meta, enc, o, source):
     """What is known of a row: given (1, L), ids, -1 at positions to be written."""
     L, (eos, pad, sep, _) = meta['length'], meta['special'].values()
-    try:
-        ids = encode(enc, meta['tokenizer'], source) + [sep] if source else []
-        for part in re.split('(_)', o.infill) if o.infill else [o.prompt]:
-            ids += [-1] if part == '_' else encode(enc, meta['tokenizer'], part)
-    except ValueError as e:
-        fail(e)
+    if (spec := meta['tokenizer'])['name'] == 'dates':          # no bytes to fall back on
+        for piece in re.findall(spec['pattern'] + '|.', source, re.S):
+            if piece not in spec['tokens']:
+                fail(f'{piece!r} is not in the vocabulary of this model')
+    ids = enc.encode_ordinary(source) + [sep] if source else []
+    for part in re.split('(_)', o.infill) if o.infill else [o.prompt]:
+        ids += [-1] if part == '_' else enc.encode_ordinary(part)
     if len(ids) > L - 1:
         fail(f'{len(ids)} tokens are given, but a row of this model holds {L}; shorten the text')
     if o.infill and meta['kind'] == 'rows':         # nothing comes behind the last given word
@@ -81,11 +74,6 @@ def write(model, given, nfe, seed, **how):
         for part in given.split(256):
             rows.append(write_rows(model, part.to(device), nfe, rng, **how).cpu())
     return torch.cat(rows), time.perf_counter() - start
-
-def draw_rows(model, meta, ids, n, nfe, seed, **how):
-    """As `write`, for n data rows whose source, if there is one, is given."""
-    _, given, _ = get_batch(ids, meta, n, 0.0, generator('cpu', seed, 1), torch.device('cpu'))
-    return write(model, given, nfe, seed, **how)
 
 def most_alike(pairs):
     """Minimum Bayes risk: the (source, text) whose words and word pairs most others share."""
@@ -131,29 +119,37 @@ def health_line(rows, meta, data, nfe, seconds):
     figures = ', '.join(f'{k} {v:.3f}' for k, v in health(rows, meta, data).items())
     return f'{len(rows)} rows: {figures}; nfe {nfe}, {1000 * seconds / len(rows):.2f} ms per row'
 
-def show_info(path, ckpt, model):
-    size, kind = sum(p.numel() for p in model.parameters()) / 1e6, model.config.model
-    print(f'{path}: {kind} {"student" if is_student(model.config) else "teacher"}, {size:.2f}M '
-          f'parameters, iteration {ckpt["iter"]}')
-    ckpt['data'] = {**ckpt['meta'], 'tokenizer': ckpt['meta']['tokenizer']['name']}
-    for name in ('config', 'options', 'teacher', 'data'):
-        print(f'{name}: ' + ', '.join(f'{k} {v}' for k, v in ckpt.get(name, {}).items()))
-
 def compare(student, teacher, meta, given, o, data):
-    """The same noise through the teacher at 1 and 64 calls and the student, side by side."""
-    runs = [('teacher, nfe 1', teacher, 1), ('teacher, nfe 64', teacher, 64),
-            (f'student, nfe {o.nfe}', student, o.nfe)]
-    columns, lines, width = [], [], 44
-    for name, model, nfe in runs:
+    """The same noise through the teacher at 1 and 64 calls and the student, row under row."""
+    seen = {}
+    for model, nfe in (teacher, 1), (teacher, 64), (student, o.nfe):
         write(model, given[:1], 1, o.seed)      # the first call of all is slow
-        rows, seconds = write(model, given, nfe, o.seed)
-        columns.append([textwrap.wrap(text, width) for _, text in to_texts(rows[:o.n], meta)])
-        lines.append(f'{name:15s} {health_line(rows, meta, data, nfe, seconds)}')
-    for cells in [[[name] for name, *_ in runs], *zip(*columns)]:
-        for line in zip_longest(*cells, fillvalue=''):
-            print(' | '.join(f'{cell:{width}s}' for cell in line))
-        print('-+-'.join(['-' * width] * 3))
-    print('\n'.join(lines))
+        calls, who = {}, f'{"student" if model is student else "teacher"} {nfe:2d} |'
+        rows, seconds = write(model, given, nfe, o.seed,
+                              watch=lambda i, rows: calls.setdefault(i, rows[:o.n]))
+        print(who, health_line(rows, meta, data, nfe, seconds), flush=True)
+        seen[who] = [[text for _, text in to_texts(call, meta)] for call in calls.values()]
+    for texts in zip(*(calls[-1] for calls in seen.values())):
+        print('', *map(' '.join, zip(seen, texts)), sep='\n')
+    if o.film:
+        film(o.film, *list(seen.values())[1:])
+
+def film(path, many, few):
+    """An SVG that plays a teacher's calls, lists of texts, over what a student writes at last."""
+    last = len(many) - 1
+    svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 350" font-family="monospace" '
+           'font-size="13" fill="#e6edf3">\n<rect width="500" height="350" rx="8" fill="#161b22"/>')
+    for i, texts in enumerate(many):
+        until = i // last or 0.8 * (i + 1) / last       # share of the time; it rests for a fifth
+        svg += (f'\n<text y="10" opacity="{i // last}"><animate attributeName="opacity" dur="10s" '
+                'repeatCount="indefinite" calcMode="discrete" values="0;1;0" '
+                f'keyTimes="0;{0.8 * i / last:.4f};{until:.4f}"/>')
+        for text in (f'teacher: call {i + 1} of {last + 1}', *texts[:6], '',
+                     f'student, from the same noise: call {len(few)} of {len(few)}', *few[-1][:6]):
+            line = html.escape(''.join(filter(str.isprintable, text))[:60]) or '&#160;'
+            svg += f'<tspan x="12" dy="21">{line}</tspan>'
+        svg += '</text>'
+    write_whole(path, (svg + '\n</svg>\n').encode())
 
 def animate(nfe, meta, enc):
     """A `watch` for sampling: the first rows as they clear up, redrawn in place in a terminal."""
@@ -173,8 +169,9 @@ def check(o, meta, config):
     if o.sampler and o.sampler not in samplers.get(config.model, [])[:1 if config.two_time else 3]:
         fail(f'--sampler {o.sampler}: flows have euler, teachers ab2 and bridge too; diffuseq ddim')
     if ((o.temperature, o.top_p) != (1, 1) if config.model == 'diffuseq' else o.clamp) or (
-            o.gamma and config.model != 'flm'):
-        fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all else')
+            o.gamma and config.model != 'flm') or o.film and not o.compare:
+        fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all but '
+             'these, --film for --compare')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')
@@ -185,7 +182,10 @@ def main(o):
     model, ckpt = load(o.checkpoint, pick_device(o.device))
     meta, data = ckpt['meta'], ckpt.get('teacher', ckpt['options'])['data']
     if o.info:
-        return show_info(o.checkpoint, ckpt, model)
+        del ckpt['meta']['tokenizer']['tokens']
+        for name in 'iter', 'config', 'options', 'teacher', 'meta':
+            print(f'{name}: {ckpt.get(name)}')
+        return print(f'parameters: {sum(p.numel() for p in model.parameters()):,}')
     if o.export:
         model.net.half()        # as weights and as their average the same tensors, stored once
         more = {k: ckpt[k] for k in ('iter', 'meta', 'options', 'teacher') if k in ckpt}
@@ -197,8 +197,7 @@ def main(o):
             fail('this model needs a source: --source "...", or lines on stdin')
         sources = list(filter(None, map(str.strip, sys.stdin))) or fail('no line on stdin')
     n = max(o.n, 256) if o.compare else o.mbr or o.n        # a health line needs many rows
-    given = torch.cat([known_row(meta, enc, o, source) for source in sources])
-    given = given.repeat_interleave(n, dim=0)                                   # (B, L)
+    given = torch.cat([known_row(meta, enc, o, source).expand(n, -1) for source in sources])
     if o.compare:
         teacher, other = load(o.compare, pick_device(o.device))
         if is_student(teacher.config) or other['meta']['tokenizer'] != meta['tokenizer']:
@@ -217,4 +216,5 @@ def main(o):
     print(health_line(rows, meta, data, nfe, seconds), file=sys.stderr)
 
 if __name__ == '__main__':
+    hasattr(signal, 'SIGPIPE') and signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # of `| head`
     main(OPTIONS)

@@ -1,5 +1,5 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (75 minutes), axes (45), dates (35), dates-diffuseq (25), speed (25), weights.
+# What the README reports, made anew: make frontier (75 minutes), long (65), axes (45), dates (35), dates-diffuseq (25), speed (25), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -30,6 +30,14 @@ frontier: data/pydocs
 	$(PY) bench.py quality 'out/{seed}/flm/student' 'out/{seed}/flm/teacher' 'out/{seed}/mdlm' 'out/{seed}/ar' \
 	  --nfe 1 2 4 8 32 --seeds 3 --scorer out/scorer --out assets/pydocs.json
 	$(PY) bench.py quality 'out/{seed}/flm/teacher' --sampler ab2 --nfe 8 32 --seeds 3 --out assets/ab2.json
+
+# the same with four times the training, one seed; the weights in assets/ are from here
+long: data/pydocs
+	$(PY) train_teacher.py --iters 4800 --out out/long/flm/teacher
+	$(PY) distill.py out/long/flm/teacher --iters 1200
+	$(PY) train_teacher.py --model mdlm --iters 7600 --out out/long/mdlm
+	$(PY) bench.py quality out/long/flm/student out/long/flm/teacher out/long/mdlm --nfe 1 2 4 8 32 --seeds 2 \
+	  --scorer out/scorer --out assets/long.json
 
 axes: data/pydocs
 	for S in 0 1; do for A in uniform paper reader measured; do \
@@ -63,8 +71,8 @@ speed:
 	$(PY) bench.py speed out/0/flm/student out/0/flm/teacher out/0/mdlm out/0/ar --nfe 1 8 --batch 1 64 --out assets/speed.json
 
 weights:
-	$(PY) sample.py out/0/flm/student --export assets/pydocs-student.pt
-	$(PY) sample.py out/0/flm/teacher --export assets/pydocs-teacher.pt
+	$(PY) sample.py out/long/flm/student --export assets/pydocs-student.pt
+	$(PY) sample.py out/long/flm/teacher --export assets/pydocs-teacher.pt
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt
 	$(PY) sample.py assets/pydocs-student.pt --compare assets/pydocs-teacher.pt --film assets/pydocs-film.svg
 	$(PY) sample.py assets/dates-one-call.pt --source 2024-02-29 --compare out/dates/teacher \
@@ -79,4 +87,4 @@ data/%: | .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv
 
-.PHONY: demo test slow frontier axes dates dates-diffuseq speed weights
+.PHONY: demo test slow frontier long axes dates dates-diffuseq speed weights

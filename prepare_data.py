@@ -176,14 +176,16 @@ def load_texts(complaint, cache, **how):
         table = datasets.load_dataset(**how, cache_dir=str(cache), split='all')
     except Exception as e:              # the library and the hub's client raise dozens of kinds
         fail(f'{complaint} ({type(e).__name__})')
-    columns = set(table.column_names)
+    columns = {name for name, kind in table.features.items()
+               if getattr(kind, 'dtype', '') in ('string', 'large_string')}
     for a, b in ('src', 'trg'), ('question1', 'question2'):
         if {a, b} <= columns:           # of Quora's pairs only those labelled as asking the same
-            same = table['label'] if {'question1', 'label'} <= columns else [1] * len(table)
+            known = b == 'question2' and 'label' in table.features
+            same = table['label'] if known else [1] * len(table)
             keep = zip(table[a], table[b], same)
             return list(dict.fromkeys((x, y) for x, y, ok in keep if ok == 1 and x and y))
     if 'text' not in columns:
-        fail(f'{complaint} (records need "text", or "src" and "trg")')
+        fail(f'{complaint} (records need a "text", or "src" and "trg", all strings)')
     return table.select_columns('text')
 
 def from_files(o, cache):

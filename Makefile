@@ -1,5 +1,5 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (75 minutes), long (65), axes (45), dates (35), dates-diffuseq (25), speed (25), weights.
+# What the README reports, made anew: make frontier (75 minutes), long (65), axes (45), samplers (8), dates (35), dates-diffuseq (25), speed (25), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -46,6 +46,13 @@ axes: data/pydocs
 	$(PY) bench.py quality 'out/{seed}/uniform' 'out/{seed}/paper' 'out/{seed}/reader' 'out/{seed}/measured' \
 	  --nfe 8 32 --seeds 2 --out assets/axes.json
 
+samplers: data/pydocs
+	for G in 0.5 1; do \
+	  $(PY) bench.py quality assets/pydocs-teacher.pt assets/pydocs-student.pt --nfe 8 32 --seeds 2 --gamma $$G \
+	    --out assets/gamma-$$G.json || exit; \
+	done
+	$(PY) bench.py quality assets/pydocs-teacher.pt --nfe 8 32 --seeds 2 --sampler bridge --out assets/bridge.json
+
 # a flow map, then three rounds in which a student at rest teaches a copy of itself one call
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
@@ -87,4 +94,4 @@ data/%: | .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv
 
-.PHONY: demo test slow frontier long axes dates dates-diffuseq speed weights
+.PHONY: demo test slow frontier long axes samplers dates dates-diffuseq speed weights

@@ -96,7 +96,7 @@ def corpus_words(folder, limit=5_000_000):
 
 def entropy_of(items):
     """Entropy in nats of how often each item occurs."""
-    return -sum(c / len(items) * math.log(c / len(items)) for c in Counter(items).values())
+    return sum(c / len(items) * math.log(len(items) / c) for c in Counter(items).values())
 
 def health(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.

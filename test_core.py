@@ -47,7 +47,6 @@ def no_given(B, L):
     return torch.full((B, L), -1)
 
 def run(script, **options):
-    """A script with these options, in this process."""
     script.main(script.Options(**options))
 
 @pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (65, (.179, .702, .832)),
@@ -98,7 +97,6 @@ class ExactNet:
         rows = [exact_denoiser(x, s) if tau_to is None else exact_delta(x, s, r)
                 for x, s, r in zip(h, tau, tau if tau_to is None else tau_to)]
         return torch.stack(rows).log()
-
     predict = __call__
     t_of = staticmethod(lambda tau: tau)
     jump = staticmethod(lambda h, p, given, s, t: jump(h, p, s[:, None, None], t[:, None, None]))
@@ -219,10 +217,10 @@ def dozen(tmp_path_factory):
     spec = prepare_data.make_tokenizer('dates', [x for pair in every[::97] for x in pair])
     rows, _ = prepare_data.pack_rows(encoding(spec), pairs, 23)
     write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True, length=23)
-    o = dict(device='cpu', batch=64, eval_every=10 ** 6)
+    o = dict(device='cpu', batch=32, eval_every=10 ** 6)
     run(train_teacher, data=f'{folder}/data', out=f'{folder}/teacher', iters=300, layers=2,
         width=64, code=2, axis='1', **o)
-    for more in (dict(method='lagrangian', iters=200), dict(guide=f'{folder}/student', iters=300)):
+    for more in (dict(method='lagrangian', iters=150), dict(guide=f'{folder}/student', iters=200)):
         run(distill, teacher=f'{folder}/teacher', lr=4e-3, muon_lr=0.03, **more, **o)
     return folder
 
@@ -230,7 +228,7 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
     meta, train, _ = train_teacher.load_data(dozen / 'data')
     before, after = (sample.health(distill.draw_rows(load(dozen / x)[0], meta, train, 500, 1, 0)[0],
                                    meta)['valid'] for x in ('teacher', 'one-call'))
-    # .63 and .99 in trials; not 1, as noise on the border of two texts still gives their mixture
+    # .69 and .97 in trials; not 1, as noise on the border of two texts still gives their mixture
     assert after >= max(0.95, before + 0.2), (before, after)
 
 # ---- Whatever happens to a run, what it saved is whole, and --resume goes on from there ----
@@ -261,16 +259,19 @@ def tensors(folder):
 @pytest.mark.parametrize('n', [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_kill_at_any_moment(dozen, tmp_path, n):
     context, rng, last = multiprocessing.get_context('forkserver'), random.Random(0), 0
+    context.set_forkserver_preload(['torch'])           # so that a child is at work soon
     o = dict(data=f'{dozen}/data', device='cpu', batch=4, layers=1, width=32, eval_every=2)
+    path, saved = tmp_path / 'out/model.pt', 0
     for _ in range(n):
         one = train_teacher.Options(out=f'{tmp_path}/out', resume=last > 0, iters=10 ** 6, **o)
         child = context.Process(target=train_teacher.main, args=(one,))
         child.start()
-        time.sleep(6 + 2 * rng.random())        # of which 6 for torch to load
-        child.kill(), child.join()
+        while child.is_alive() and not (path.exists() and path.stat().st_mtime_ns > saved):
+            time.sleep(0.1)
+        time.sleep(2 * rng.random()), child.kill(), child.join()
         assert all(json.loads(line) for line in open(tmp_path / 'out/log.jsonl'))
-        last, before = load(tmp_path / 'out')[1]['iter'], last
-        assert last > before and len([*(tmp_path / 'out').iterdir()]) <= 3      # one .tmp at most
+        saved, last, before = path.stat().st_mtime_ns, load(path)[1]['iter'], last
+        assert last > before and len([*path.parent.iterdir()]) <= 3         # one .tmp at most
 
 @pytest.mark.parametrize('n', [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_damage_is_noticed(dozen, n):
@@ -299,15 +300,15 @@ def test_two_runs_a_full_disk_and_numbers_that_are_none(dozen, tmp_path, capsys)
             run(train_teacher, iters=3, **o)
         assert said in capsys.readouterr().err and tensors(tmp_path) == before
 
-def test_two_processes_train_as_one_that_takes_the_batch_in_two_parts(dozen, tmp_path):
-    for line in f'train_teacher.py --data {dozen}/data', f'distill.py {dozen}/teacher':
-        line = f'{HERE}/{line} --device cpu --batch 8 --iters 20 --parts 2 --out {tmp_path}'.split()
-        for how in '', '-m torch.distributed.run --nproc_per_node=2':
-            line[-1] += '/x'
-            subprocess.run([sys.executable, *how.split(), *line], check=True,
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'})      # torchrun's, too
-        one, two = (load(tmp_path / x)[1]['model'] for x in ('x', 'x/x'))
-        assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+def test_two_processes_train_as_one_with_two_parts(dozen, tmp_path, monkeypatch):
+    monkeypatch.chdir(dozen), torch.set_num_threads(1)          # as torchrun gives each process
+    start = f'{sys.executable} -m torch.distributed.run --nproc_per_node=2'
+    for script, key in (train_teacher, 'data'), (distill, 'teacher'):
+        run(script, **{key: key}, device='cpu', batch=8, iters=20, parts=2, out=f'{tmp_path}/1')
+        line = f'{start} {script.__file__} --device cpu --batch 8 --iters 20 --out {tmp_path}/2'
+        subprocess.run([*line.split(), *['--data'][:key == 'data'], key], check=True)
+        a, b = (load(tmp_path / x)[1]['model'] for x in '12')
+        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 def prepared(path, name, **options):
     """What prepare_data.py makes of a file: meta, ids of train and val, decoder."""

@@ -305,7 +305,9 @@ def main(o):
 
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        stop = it == o.iters or len(told) > 0
+        if it % 10 == 0:
+            add_up([told])              # any process may have heard it
+        stop = it == o.iters or it % 10 == 0 and told.item() > 0
         if (hundred or due or stop) and not all(x.isfinite() for x in sums.values()):
             fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
                  f'--resume goes on from the last save in {out}')

@@ -118,7 +118,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 def join(o):
-    """This process's rank, how many there are, and a list: once it is not empty, stop."""
+    """This process's rank, how many there are, and a tensor: once it is not 0, stop."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     # noise belongs to a part of the batch: one process with n parts trains as n processes do
     o.parts = o.parts or world
@@ -133,9 +133,9 @@ def join(o):
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if rank:
         sys.stdout = open(os.devnull, 'w')          # the first process speaks for all
-    told = []           # by Ctrl-C or SIGTERM, if it runs alone; the second one kills
-    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
-        signal.signal(number, lambda n, _: told.append(signal.signal(n, signal.SIG_DFL)))
+    told = torch.zeros(1, device=pick_device(o.device))     # Ctrl-C or SIGTERM; the second kills
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda n, _: (told.add_(1), signal.signal(n, signal.SIG_DFL)))
     return rank, world, told
 
 def add_up(tensors):
@@ -237,7 +237,9 @@ def main(o):
           f'iteration, {len(train):,} in {o.data}')
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        stop = it == o.iters or len(told) > 0
+        if it % 10 == 0:
+            add_up([told])              # any process may have heard it
+        stop = it == o.iters or it % 10 == 0 and told.item() > 0
         if hundred or due or stop:
             add_up([bins])
             if not bins.isfinite().all():

@@ -75,6 +75,8 @@ dates-diffuseq: data/dates
 # of the models that `make frontier` leaves
 speed:
 	for R in 1 16; do $(PY) bench.py train --rows $$R --out assets/train-$$((128 * R)).json || exit; done
+	for V in 1024 8192; do $(PY) bench.py train --rows 16 --vocab $$V --out assets/train-2048-V$$V.json || exit; done
+	$(PY) bench.py train --rows 4 --length 512 --vocab 8192 --out assets/train-2048-L512.json
 	$(PY) bench.py speed out/0/flm/student out/0/flm/teacher out/0/mdlm out/0/ar --nfe 1 8 --batch 1 64 --out assets/speed.json
 
 weights:

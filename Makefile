@@ -1,5 +1,5 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (75 minutes), long (65), axes (45), samplers (8), dates (35), dates-diffuseq (25), speed (25), weights.
+# What the README reports, made anew: make frontier (75 minutes), long (65), axes (45), samplers (9), dates (35), dates-diffuseq (25), speed (25), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -52,6 +52,7 @@ samplers: data/pydocs
 	    --out assets/gamma-$$G.json || exit; \
 	done
 	$(PY) bench.py quality assets/pydocs-teacher.pt --nfe 8 32 --seeds 2 --sampler bridge --out assets/bridge.json
+	$(PY) bench.py quality assets/pydocs-teacher.pt --nfe 8 32 --seeds 2 --sampler ab2 --out assets/ab2-long.json
 
 # a flow map, then three rounds in which a student at rest teaches a copy of itself one call
 dates: data/dates

@@ -1,8 +1,7 @@
 """Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --model diffuseq --code 8
-    python train_teacher.py --model mdlm        # or ar: the baselines
+    python train_teacher.py --data data/dates --model diffuseq --code 8     # or mdlm, or ar
     torchrun --standalone --nproc_per_node=8 train_teacher.py --layers 12 --width 768   # on GPUs
 
 Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
@@ -192,7 +191,6 @@ class Log:
         except OSError as e:
             fail(f'{out}: cannot be written, or another run writes there ({e.strerror})')
         self.file.seek(0)
-
         def stays(line):        # what a killed run logged behind its last save will come again
             found = re.fullmatch(rb'{"iter": (\d+), .*}\n', line)
             return found and int(found[1]) <= start
@@ -228,7 +226,9 @@ def main(o):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     kept = restore(out, model, ema, opts) if o.resume else {}
-    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(3, 64)).to(device) * (rank == 0)
+    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(3, 64)) * (rank == 0)
+    # sums in float64 are exact, whatever their order: a resumed run of several has the same ones
+    bins = bins.to(device, torch.float32 if device.type == 'mps' else torch.float64)
     if o.compile and device.type == 'cuda':
         model.net.compile()         # in place: the names of the weights stay as they are
     log = Log(out, o, start) if rank == 0 else lambda it, **values: None
@@ -251,7 +251,7 @@ def main(o):
             log(it, loss=loss.item(), norm=norm.item(), norm_max=bins[2, 0].item(),
                 bins=[round(x, 3) for x in (eighths[0] / eighths[1]).tolist()])
             if o.axis == 'measured' and o.model == 'flm' and 2 * it <= o.iters:
-                model.refit(bins[0] / bins[1].clamp(min=1))
+                model.refit((bins[0] / bins[1].clamp(min=1)).float())
                 ema.taus.copy_(model.taus)
             bins.zero_()
         if due or it == o.iters:
@@ -268,8 +268,8 @@ def main(o):
             with autocast(device):
                 losses = model.loss(tokens, given, tau, generator(device, o.seed, it, 1 + part))
             (losses.sum() / o.batch).backward()
-            # loss by tau, noise to data: where the teacher is still learning; and how many rows
-            bins[:2].index_add_(1, (tau * 64).long(), torch.stack([losses, losses ** 0]).detach())
+            seen = torch.stack([losses, losses ** 0]).detach().to(bins)     # and how many rows
+            bins[:2].index_add_(1, (tau * 64).long(), seen)     # by tau: where it is still learning
         norm = update(model, ema, opts, it, o)
         bins[2] = bins[2].maximum(norm) * (rank == 0)
     print(f'wrote {out}/model.pt and {out}/log.jsonl')

@@ -59,7 +59,7 @@ import torch.nn.functional as F  # noqa: E402
 from model import build, is_student, load, row_mean, save  # noqa: E402
 from sample import health, write  # noqa: E402
 from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
-                           load_data, optimisers, pick_device, restore, update)
+                           load_data, optimisers, restore, update)
 
 # ---- FMLM: the flow map, learnt from the teacher and from the student's own shorter legs ----
 def time_pairs(B, o, rng, device):
@@ -255,8 +255,7 @@ def main(o):
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
     if min(o.noises - 1, o.rollout, *(x * (1 - x) for x in (o.leg, o.diagonal, o.boundary))) < 0:
         fail('--noises: from 1; --rollout: from 0; --leg, --diagonal, --boundary: from 0 to 1')
-    rank, world, told = join(o)
-    device = pick_device(o.device)
+    rank, world, device, told = join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
         fail(f'{o.teacher}: distil a teacher of flm or diffuseq, made by: python train_teacher.py')
@@ -305,9 +304,7 @@ def main(o):
 
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        if it % 10 == 0:
-            add_up([told])              # any process may have heard it
-        stop = it == o.iters or it % 10 == 0 and told.item() > 0
+        stop = it == o.iters or told(it)
         if (hundred or due or stop) and not all(x.isfinite() for x in sums.values()):
             fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
                  f'--resume goes on from the last save in {out}')

@@ -119,7 +119,7 @@ def health_line(rows, meta, data, nfe, seconds):
     figures = ', '.join(f'{k} {v:.3f}' for k, v in health(rows, meta, data).items())
     return f'{len(rows)} rows: {figures}; nfe {nfe}, {1000 * seconds / len(rows):.2f} ms per row'
 
-def compare(student, teacher, meta, given, o, data):
+def compare(student, teacher, meta, enc, given, o, data):
     """The same noise through the teacher at 1 and 64 calls and the student, row under row."""
     seen = {}
     for model, nfe in (teacher, 1), (teacher, 64), (student, o.nfe):
@@ -128,7 +128,7 @@ def compare(student, teacher, meta, given, o, data):
         rows, seconds = write(model, given, nfe, o.seed,
                               watch=lambda i, rows: calls.setdefault(i, rows[:o.n]))
         print(who, health_line(rows, meta, data, nfe, seconds), flush=True)
-        seen[who] = [[text for _, text in to_texts(call, meta)] for call in calls.values()]
+        seen[who] = [[text for _, text in to_texts(call, meta, enc)] for call in calls.values()]
     for texts in zip(*(calls[-1] for calls in seen.values())):
         print('', *map(' '.join, zip(seen, texts)), sep='\n')
     if o.film:
@@ -202,7 +202,7 @@ def main(o):
         teacher, other = load(o.compare, pick_device(o.device))
         if is_student(teacher.config) or other['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
-        return compare(model, teacher, meta, given, o, data)
+        return compare(model, teacher, meta, enc, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc)) if o.watch and sys.stdout.isatty() else {}
     options = 'sampler', 'clamp', 'gamma', 'temperature', 'top_p'
     how |= {name: value for name in options if (value := getattr(o, name))}

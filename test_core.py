@@ -303,10 +303,10 @@ def test_two_runs_a_full_disk_and_numbers_that_are_none(dozen, tmp_path, capsys)
 def test_two_processes_train_as_one_with_two_parts(dozen, tmp_path, monkeypatch):
     monkeypatch.chdir(dozen), torch.set_num_threads(1)          # as torchrun gives each process
     start = f'{sys.executable} -m torch.distributed.run --nproc_per_node=2'
-    for script, key in (train_teacher, 'data'), (distill, 'teacher'):
+    for script, key, flag in (train_teacher, 'data', '--data'), (distill, 'teacher', ''):
         run(script, **{key: key}, device='cpu', batch=8, iters=20, parts=2, out=f'{tmp_path}/1')
         line = f'{start} {script.__file__} --device cpu --batch 8 --iters 20 --out {tmp_path}/2'
-        subprocess.run([*line.split(), *['--data'][:key == 'data'], key], check=True)
+        subprocess.run([*line.split(), *flag.split(), key], check=True)
         a, b = (load(tmp_path / x)[1]['model'] for x in '12')
         assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 

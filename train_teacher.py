@@ -117,7 +117,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 def join(o):
-    """This process's rank, how many there are, and a tensor: once it is not 0, stop."""
+    """This process's rank, how many there are, its device, and told(it): whether to stop."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     # noise belongs to a part of the batch: one process with n parts trains as n processes do
     o.parts = o.parts or world
@@ -132,10 +132,13 @@ def join(o):
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if rank:
         sys.stdout = open(os.devnull, 'w')          # the first process speaks for all
-    told = torch.zeros(1, device=pick_device(o.device))     # Ctrl-C or SIGTERM; the second kills
+    device = pick_device(o.device)
+    heard = torch.zeros(1, device=device)       # of Ctrl-C or SIGTERM; the second one kills
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda n, _: (told.add_(1), signal.signal(n, signal.SIG_DFL)))
-    return rank, world, told
+        signal.signal(number, lambda n, _: (heard.add_(1), signal.signal(n, signal.SIG_DFL)))
+    def told(it):       # by any process: all ask each other at every tenth iteration
+        return it % 10 == 0 and (add_up([heard]) or heard.item() > 0)
+    return rank, world, device, told
 
 def add_up(tensors):
     """Each tensor becomes its sum over all processes; one message."""
@@ -215,8 +218,7 @@ def main(o):
         fail(f'--axis {o.axis}: use measured, reader, paper, uniform or a number such as 2')
     if min(o.layers, o.heads, o.width) < 1 or o.width % (2 * o.heads) or o.dropout >= 1:
         fail('--layers: from 1; --width: a multiple of twice --heads; --dropout: below 1')
-    rank, world, told = join(o)
-    device = pick_device(o.device)
+    rank, world, device, told = join(o)
     meta, train, val = load_data(o.data)
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
     out = Path(o.out or f'out/{name}/teacher')
@@ -237,9 +239,7 @@ def main(o):
           f'iteration, {len(train):,} in {o.data}')
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        if it % 10 == 0:
-            add_up([told])              # any process may have heard it
-        stop = it == o.iters or it % 10 == 0 and told.item() > 0
+        stop = it == o.iters or told(it)
         if hundred or due or stop:
             add_up([bins])
             if not bins.isfinite().all():

@@ -6,21 +6,18 @@
     python bench.py train --vocab 50257 --rows 64       # one training step, two formulations
 
 Prints a Markdown table, of several seeds the mean and in brackets half the range; the figures go to
-<out> as JSON, of texts as a picture too. Samples are held against one half of the validation text,
-beside its other half and a shuffled copy of this. Times are medians after warm-up, beside the least
-that this machine's own measured rates allow.
+<out> as JSON, and a picture beside it. Samples are held against one half of the validation text.
+Times are medians after warm-up, beside the least that this machine's own measured rates allow.
 """
 import importlib
 import json
 import math
-import platform
 import re
 import statistics
 import timeit
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,7 +48,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import Config, build, is_student, load, split_rows, write_rows, write_whole  # noqa: E402
+from model import (Config, build, is_student, load, split_rows, time_axis,  # noqa: E402
+                   write_rows, write_whole)
 from sample import health, to_texts, write  # noqa: E402
 from train_teacher import autocast, load_data, pick_device, up_to  # noqa: E402
 
@@ -208,17 +206,21 @@ def quality(o, paths, device):
     return lines
 
 def picture(lines, path):
-    """Energy distance to the validation text against calls and against seconds, as an SVG."""
-    plt = library('matplotlib.pyplot')
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout='constrained')
-    for ax, x in zip(axes, ('network calls', 'ms_per_row')):
-        for name in dict.fromkeys(name for name, nfe, _ in lines if nfe):
-            points = [np.mean([(run.get(x, nfe), run['energy']) for run in runs], axis=0)
+    """How good at how many calls and in what time, and the teachers' time axes, as an SVG."""
+    plt, dates = library('matplotlib.pyplot'), 'valid' in lines[0][2][0]
+    shown = ('valid', 'form_entropy') if dates else ('energy', 'energy')
+    figure, (*axes, last) = plt.subplots(3, figsize=(5, 9), layout='constrained')
+    for name in dict.fromkeys(name for name, nfe, _ in lines if nfe):
+        for ax, x, y in zip(axes, ('network calls', 'ms_per_row'), shown):
+            points = [np.mean([(run.get(x, nfe), run[y]) for run in runs], axis=0)
                       for other, nfe, runs in lines if other == name]
-            ax.loglog(*zip(*points), 'o-', label=name)
-        ax.axhline(lines[0][2][0]['energy'], color='gray', ls=':', label=lines[0][0])
-        ax.set_xlabel(x.replace('_', ' ')), ax.grid(alpha=0.3)
-    axes[0].set_ylabel('energy distance to real text'), axes[1].legend(fontsize=9)
+            ax.plot(*zip(*points), 'o-', label=name)
+            ax.set(xscale='log', yscale='linear' if dates else 'log', xlabel=x, ylabel=y)
+        model, _ = load(name.replace('{seed}', '0'))
+        if model.config.model == 'flm' and not is_student(model.config):
+            last.plot(model.ts, model.taus, label=name)
+            last.plot(*time_axis(model.config.vocab), 'k:', label="the paper's")
+    last.set(xlabel='time t', ylabel='tau'), last.legend(), axes[0].legend()
     figure.savefig(path, metadata={'Date': None})
 
 # ---- Speed: timed on the device itself after warm-up, of which compilation is part ----
@@ -262,14 +264,13 @@ def speed(o, paths, device):
         if o.compile and device.type == 'cuda':
             model.net.compile()
         calls = [model.config.length] if model.config.model == 'ar' else o.nfe
-        for nfe, rows in product(map(int, calls), map(int, o.batch)):
+        for nfe, rows in [(int(nfe), int(rows)) for nfe in calls for rows in o.batch]:
             nothing = torch.full((rows, model.config.length), -1, device=device)
             with autocast(device):
                 took = median_time(partial(write_rows, model, nothing, nfe), device)
             floor = nfe * call_floor(model, rows, flops, bandwidth)
-            lines.append((path, nfe, [{
-                'batch': rows, 'ms': 1000 * took, 'rows_per_s': rows / took,
-                'floor_ms': 1000 * floor, 'times_floor': took / floor}]))
+            lines.append((path, nfe, [dict(batch=rows, ms=1000 * took, rows_per_s=rows / took,
+                                           floor_ms=1000 * floor, times_floor=took / floor)]))
             print(f'{path}, nfe {nfe}, {rows} rows: done', flush=True)
     return lines
 
@@ -325,23 +326,23 @@ def table(lines):
 
 def main(o):
     what, *paths = o.what or ('',)
-    numbers = *o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers
-    if not all(str(n).isdigit() and int(n) for n in numbers):
-        fail('--nfe, --batch, --rows, --seeds, --length, --layers: whole numbers from 1')
     if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
         fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
-    if not 1 <= o.per_source <= o.rows or o.vocab < 8 or o.width % 8 or o.gamma > 1:
-        fail('--per-source from 1 to --rows, --vocab from 8, --width a multiple of 8, --gamma to 1')
+    numbers = map(str, (*o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers, o.per_source))
+    if not all(n.isdecimal() and 0 < int(n) <= 10 ** 6 for n in numbers) or o.width % 8 or (
+            o.sampler not in ('', 'euler', 'ab2', 'bridge', 'ancestral', 'ddim')) or (
+            o.per_source > o.rows or o.vocab < 8 or o.gamma > 1):
+        fail('whole numbers from 1 to a million, --per-source to --rows, --vocab from 8, --width a '
+             'multiple of 8, --gamma to 1, --sampler as for sample.py')
     device = pick_device(o.device)
     lines = {'quality': quality, 'speed': speed, 'train': train_speed}[what](o, paths, device)
     print('\n' + table(lines))
     about = {'device': torch.cuda.get_device_name() if device.type == 'cuda' else str(device),
-             'cpu': platform.processor() or platform.machine(), 'torch': torch.__version__,
-             'threads': torch.get_num_threads(), 'options': asdict(o),
+             'torch': torch.__version__, 'threads': torch.get_num_threads(), 'options': asdict(o),
              'runs': [dict(model=str(name), nfe=nfe, seeds=runs) for name, nfe, runs in lines]}
     out = o.out or f'out/{what}.json'
     write_whole(out, json.dumps(about, indent=1).encode())
-    if what == 'quality' and 'energy' in lines[0][2][0]:
+    if what == 'quality' and {'energy', 'valid'} & set(lines[0][2][0]):
         picture(lines, Path(out).with_suffix('.svg'))
     print(f'\nwrote {out}')
 

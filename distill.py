@@ -253,8 +253,8 @@ def main(o):
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
-    if min(o.noises - 1, o.rollout, *(x * (1 - x) for x in (o.leg, o.diagonal, o.boundary))) < 0:
-        fail('--noises: from 1; --rollout: from 0; --leg, --diagonal, --boundary: from 0 to 1')
+    if o.noises < 1 or max(o.leg, o.diagonal, o.boundary, o.rollout / 1000, o.noises / 1000) > 1:
+        fail('--noises: from 1 to 1000; --rollout: to 1000; --leg, --diagonal, --boundary: to 1')
     rank, world, device, told = join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):

@@ -209,14 +209,17 @@ class OneHotFlow(Model):
         self.register_buffer('ts', ts.float(), persistent=False)
         self.register_buffer('taus', taus.float(), persistent=c.axis == 'measured')
 
-    def refit(self, losses):
-        """Let tau rise as the loss falls, whose means over n equal parts of tau are given: (n,)."""
-        n, loss = len(losses), F.pad(torch.cummin(losses, 0).values, (1, 1))    # mid-part; 0 at 1
-        loss[0] = 1.5 * loss[1] - 0.5 * loss[2]                                 # at tau = 0
-        knots = ((torch.arange(-1, n + 1, device=loss.device) + 0.5) / n).clamp(0, 1)
-        # half of the old axis: it keeps the new one rising, and a rough measure does little harm
-        fallen = 0.5 * (1 - loss / loss[0]) + 0.5 * knots
-        self.taus.copy_(interpolate(self.taus, knots, fallen))
+    @torch.no_grad()
+    def refit(self, tokens, given, seed):
+        """Let tau rise as the loss of these rows (B, L) falls, seen at 33 times."""
+        grid, losses = torch.linspace(0, 1, 33, device=tokens.device), []
+        for tau in grid:        # the same rows and noise each time, or the axis would get stairs
+            rng = torch.Generator(tokens.device).manual_seed(seed)
+            losses.append(self.loss(tokens, given, tau.expand(len(tokens)), rng).mean())
+        loss = torch.cummin(torch.stack(losses), 0).values - 1e-6 * grid        # it falls
+        # half of the old axis: one rough measure does little harm
+        fallen = 0.5 * (loss[0] - loss) / (loss[0] - loss[-1]) + 0.5 * grid
+        self.taus.copy_(interpolate(self.taus, grid, fallen))
 
     def t_of(self, tau):
         return interpolate(tau, self.taus, self.ts)
@@ -279,7 +282,6 @@ class OneHotFlow(Model):
         sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (nothing at nfe 1)
         """
-        B, L = given.shape
         factor, last = self.noise_factor(), None
         h = clean = self.begin(given, rng, factor)                              # tau = 0
         for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)):
@@ -287,18 +289,18 @@ class OneHotFlow(Model):
             # gamma: land nearer the data, at r, so that scaling by t/r leaves room for fresh noise:
             # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
             r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
-            now, to = now.expand(B), (self.tau_of(r) if gamma else then).expand(B)
+            now, to = (x.expand(len(given)) for x in (now, self.tau_of(r) if gamma else then))
             p = choose(self.predict(h, given, now, to if self.config.two_time else None))
             tokens = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
             yield tokens
             if sampler == 'bridge':
                 e, s = self.net.embed[tokens].float(), self.t_of(now)[:, None, None]
-                h = bridge(h, e, s, t, self.noise(B, L, rng, factor))
+                h = bridge(h, e, s, t, self.noise(*given.shape, rng, factor))
             else:
                 ahead = 0.5 * (p - last) if sampler == 'ab2' and last is not None else 0
                 h, last = self.jump(h, p + ahead, given, now, to), p
                 if gamma:
-                    h = t / r * h + gamma * (1 - t) * self.noise(B, L, rng, factor)
+                    h = t / r * h + gamma * (1 - t) * self.noise(*given.shape, rng, factor)
             h = torch.where(given[..., None] < 0, h, clean)
 
 # ---- DiffuSeq and DLM-One: diffusion of embeddings and its one-call generator ----
@@ -554,7 +556,7 @@ def write_whole(path, data):
     except OSError as e:
         fail(f'{path}: cannot be written ({e.strerror}); make room, or name another folder')
     finally:
-        temporary.unlink(missing_ok=True)
+        os.path.exists(temporary) and temporary.unlink()
 
 def write_dataset(folder, train, val, spec, **about):
     """folder/{train,val}.bin, then meta.json: a folder that has a meta.json is complete."""
@@ -575,7 +577,7 @@ def checksum(meta, *ids):
 def load(path, device='cpu'):
     """model.pt or its folder -> (averaged model in eval mode, checkpoint dict), or one line."""
     path = Path(path) / 'model.pt' if Path(path).suffix != '.pt' else Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):        # Path's own raises where a name is too long
         fail(f'{path}: no such checkpoint; make one with train_teacher.py, then distill.py')
     try:
         whole = not zipfile.ZipFile(path).testzip()     # which looks at all checksums

@@ -72,7 +72,8 @@ WORDS = r' ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+'
 
 def train_bpe(texts, size):
     """Byte-level BPE: merge the most frequent pair of neighbours until there are `size` tokens."""
-    counts = Counter(word for text in texts for word in re.findall(WORDS, text))
+    # a line of ten million letters is no word: it would take hours, and have no say anyway
+    counts = Counter(x for text in texts for x in re.findall(WORDS, text) if len(x) <= 64)
     bar = '\u0100'                      # between pieces; bytes are the characters 0-255
     words = [bar + bar.join(word.encode().decode('latin-1')) + bar for word in counts]
     times, pairs, where = list(counts.values()), Counter(), defaultdict(set)
@@ -193,7 +194,7 @@ def from_files(o, cache):
     known = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}
     where = f'--input {" ".join(o.input)}'
     builder, *more = {known.get(Path(path.removesuffix('.gz')).suffix) for path in o.input}
-    if more or not builder or not all(Path(path).is_file() for path in o.input):
+    if more or not builder or not all(map(os.path.isfile, o.input)):
         fail(f'{where}: give existing .txt, .jsonl or .parquet files, plain or .gz, all of a kind')
     how = {'sample_by': 'line' if o.name == 'lm1b' else 'document'} if builder == 'text' else {}
     return load_texts(f'{where}: cannot be read as UTF-8 {builder}; mend or convert it', cache,

@@ -43,9 +43,6 @@ def tiny(vocab=12, length=6, seed=0, **more):
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
-def no_given(B, L):
-    return torch.full((B, L), -1)
-
 def run(script, **options):
     script.main(script.Options(**options))
 
@@ -62,7 +59,7 @@ def test_spot_values_of_the_papers_time_axis_and_schedule(K, spots):
 def test_dense_equals_projected_on_the_same_noise():
     model, t = tiny(vocab=80), 0.3          # V > D: noise goes through the Cholesky factor
     E, B, L = model.net.embed.detach(), 3, 6
-    covariance, want = torch.cov(model.begin(no_given(2000, 6)).flatten(0, 1).T), E.T @ E
+    covariance, want = torch.cov(model.begin(torch.full((2000, 6), -1)).flatten(0, 1).T), E.T @ E
     assert (covariance - want).abs().max() < 0.08 * want.diagonal().max()
     eps, onehot = torch.randn(B, L, 80), torch.eye(80)[tokens := torch.randint(80, (B, L))]
     z = torch.linalg.solve(model.noise_factor().T, (eps @ E).transpose(1, 2)).transpose(1, 2)
@@ -106,10 +103,10 @@ class ExactNet:
 def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, tolerance):
     x = torch.randn(2, 4, 3, dtype=DOUBLE)
     s, t = torch.tensor([.0, .2], dtype=DOUBLE), torch.tensor([.9, .6], dtype=DOUBLE)
-    target = distill.flow_map_target(ExactNet(), ExactNet(), x, no_given(2, 4), s, t, method, leg)
+    target = distill.flow_map_target(ExactNet(), ExactNet(), x, None, s, t, method, leg)
     want = torch.stack([exact_delta(*args) for args in zip(x, s, t)])
     assert torch.allclose(target, want, atol=tolerance) and (target.sum(-1) - 1).abs().max() < 1e-9
-    last = distill.rollout(ExactNet(), ExactNet(), x, no_given(2, 4), 400)
+    last = distill.rollout(ExactNet(), ExactNet(), x, None, 400)
     want = exact_delta(x, torch.tensor(.0, dtype=DOUBLE), torch.tensor(.999, dtype=DOUBLE))
     assert torch.allclose(last, want, atol=.01)
 
@@ -122,13 +119,14 @@ def test_bridge_mean_and_variance():
 
 def test_measured_axis_lets_tau_rise_as_the_loss_falls():
     old = (model := tiny()).taus.clone()
-    model.refit(1 - ((torch.arange(64) + .5) / 64) ** 2)        # the loss at tau is 1 - tau^2
+    model.loss = lambda tokens, given, tau, rng: 1 - tau ** 2
+    model.refit(torch.full((2, 6), -1), None, seed=0)
     assert torch.allclose(model.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
     assert (model.taus.diff() > 0).all() and model.taus[0] == 0 and model.taus[-1] == 1
 
 def test_loss_and_its_gradient_against_brute_force(monkeypatch):
     model = tiny(vocab=5, length=4)
-    tokens, given = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]]), no_given(2, 4)
+    tokens, given = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]]), torch.full((2, 4), -1)
     given[0, :2], tau = tokens[0, :2], torch.tensor([.3, .8])
     loss = model.loss(tokens, given, tau, torch.Generator().manual_seed(0))
     h = model.corrupt(tokens, given, tau, torch.Generator().manual_seed(0))
@@ -146,7 +144,7 @@ def test_loss_and_its_gradient_against_brute_force(monkeypatch):
 def test_fresh_student_equals_its_teacher_and_the_average_forgets_its_start():
     teacher, student = tiny(), build(replace(tiny().config, two_time=True)).eval()
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-    h, given, s = torch.randn(3, 6, 32), no_given(3, 6), torch.tensor([0., .4, .9])
+    h, given, s = torch.randn(3, 6, 32), torch.full((3, 6), -1), torch.tensor([0., .4, .9])
     assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, s))
     ema, o = tiny(seed=1), train_teacher.Options(ema=.5, optimiser='adamw', lr=0.)
     want = 0.1 * ema.net.embed + 0.9 * teacher.net.embed
@@ -162,7 +160,7 @@ def test_autoregression_sees_no_later_token_and_its_cache_is_exact():
     one_by_one = [model.predict(before[:, i:i + 1], cache=cache, at=i) for i in range(6)]
     assert torch.allclose(torch.cat(one_by_one, 1), at_once, atol=1e-5)
     nats = cross_entropy(at_once.mT, tokens, reduction='none').mean(1)
-    assert torch.allclose(model.loss(tokens, no_given(3, 6)), nats, atol=1e-5)
+    assert torch.allclose(model.loss(tokens, torch.full((3, 6), -1)), nats, atol=1e-5)
 
 def test_masked_diffusion_weighs_what_is_masked_and_writes_it_all():
     model, tokens = tiny(model='mdlm'), torch.randint(8, (4000, 6))
@@ -231,7 +229,6 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
     # .69 and .97 in trials; not 1, as noise on the border of two texts still gives their mixture
     assert after >= max(0.95, before + 0.2), (before, after)
 
-# ---- Whatever happens to a run, what it saved is whole, and --resume goes on from there ----
 @pytest.mark.parametrize('script, more', [
     (train_teacher, dict(data='data', layers=1)), (distill, dict(teacher='teacher')),
     (distill, dict(teacher='teacher', guide='student'))])
@@ -300,15 +297,21 @@ def test_two_runs_a_full_disk_and_numbers_that_are_none(dozen, tmp_path, capsys)
             run(train_teacher, iters=3, **o)
         assert said in capsys.readouterr().err and tensors(tmp_path) == before
 
-def test_two_processes_train_as_one_with_two_parts(dozen, tmp_path, monkeypatch):
+def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, tmp_path, monkeypatch):
     monkeypatch.chdir(dozen), torch.set_num_threads(1)          # as torchrun gives each process
-    start = f'{sys.executable} -m torch.distributed.run --nproc_per_node=2'
     for script, key, flag in (train_teacher, 'data', '--data'), (distill, 'teacher', ''):
-        run(script, **{key: key}, device='cpu', batch=8, iters=20, parts=2, out=f'{tmp_path}/1')
-        line = f'{start} {script.__file__} --device cpu --batch 8 --iters 20 --out {tmp_path}/2'
-        subprocess.run([*line.split(), *flag.split(), key], check=True)
-        a, b = (load(tmp_path / x)[1]['model'] for x in '12')
-        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+        one, two, o = tmp_path / f'{key}-1', tmp_path / f'{key}-2', '--device cpu --batch 8 --iters'
+        run(script, **{key: key}, device='cpu', batch=8, iters=20, parts=2, out=str(one))
+        line = [*f'{sys.executable} -m torch.distributed.run --nproc_per_node=2'.split(),
+                script.__file__, *f'{flag} {key} {o} 20 --eval-every 10 --out {two}'.split()]
+        child = subprocess.Popen(line)
+        while child.poll() is None and not (two / 'model.pt').exists():
+            time.sleep(0.01)
+        half, status = (two / 'model.pt').read_bytes(), child.wait()
+        a, b, whole = load(one)[1]['model'], load(two)[1]['model'], tensors(two)
+        assert status == 0 and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+        (two / 'model.pt').write_bytes(half), subprocess.run([*line, '--resume'], check=True)
+        assert tensors(two) == whole and torch.load(io.BytesIO(half))['iter'] == 10
 
 def prepared(path, name, **options):
     """What prepare_data.py makes of a file: meta, ids of train and val, decoder."""
@@ -316,20 +319,18 @@ def prepared(path, name, **options):
     meta, *ids = train_teacher.load_data(path.parent / name)
     return meta, *ids, encoding(meta['tokenizer'])
 
-def test_prepare_text_pairs_and_bpe(tmp_path):
+def test_prepare_text_pairs_and_lm1b_from_a_parquet_file(tmp_path):
     path = tmp_path / 'a.txt'
-    path.write_text('The cat sat on the mat. The dog sat on the cat.\r\n' * 40)
+    text = 'The cat sat on the mat. The dog sat on the \u00e9\u4e16.\r\n' * 40 + 'x' * 10 ** 7
+    path.write_text(text, encoding='utf-8')
     _, train, val, enc = prepared(path, 'toy', tokenizer='bpe:300', length=8, val=0.2)
-    assert enc.decode([*train, *val]) == path.read_text().replace('\r\n', '\n') + '<eos>'
-    assert enc.decode(enc.encode_ordinary('Any bytes: \u00e9\u4e16')) == 'Any bytes: \u00e9\u4e16'
+    assert enc.decode([*train, *val]) == text.replace('\r\n', '\n') + '<eos>'
     (path := tmp_path / 'b.jsonl').write_text('\n'.join(
         json.dumps({'src': f'what is {i}', 'trg': f'tell me {i // 2}'}) for i in range(50)))
     meta, *ids, enc = prepared(path, 'pairs', tokenizer='byte', length=24)
     train, val = (sample.to_texts(bench.as_rows(x, 24), meta, enc) for x in ids)
     assert all(target == f'tell me {int(source[8:]) // 2}' for source, target in train + val)
     assert set(sum(train, ())).isdisjoint(sum(val, ()))
-
-def test_prepare_lm1b_from_a_parquet_file(tmp_path):
     texts, path = ['He said , " it \'s $ 5 ( not 6 ) . "'] * 50, tmp_path / 'c.parquet'
     datasets.Dataset.from_dict({'text': texts}).to_parquet(path)
     _, train, val, enc = prepared(path, 'lm1b', tokenizer='byte', length=16)
@@ -342,7 +343,7 @@ def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(dozen, t
     run(distill, teacher=path, adversarial=1e-4, **o)
     a, b = (load(tmp_path / who)[0] for who in ('teacher', 'student'))
     assert torch.equal(a.net.embed, b.net.embed) and torch.equal(a.bias, b.bias)
-    assert b.begin(no_given(2, 6)).var(1).max() < 1e-9      # one noise for all positions
+    assert b.begin(torch.full((2, 6), -1)).var(1).max() < 1e-9      # one noise for all positions
     assert not torch.equal(a.net.head.weight, b.net.head.weight)
 
 def test_text_distances_by_hand_and_against_repetition():
@@ -364,7 +365,6 @@ def test_text_distances_by_hand_and_against_repetition():
     grams = [[g for row in rows for g in bench.ngrams(row, 3)] for rows in (real, other, fooling)]
     assert bench.jensen_shannon(grams[2], grams[0]) > 2 * bench.jensen_shannon(grams[1], grams[0])
 
-# ---- Command lines: bad input gets one line and exit status 2, and every option is in -h ----
 @pytest.fixture
 def call(monkeypatch, capsys):
     """A function: a command line, as it is typed -> (exit status, stdout, stderr)."""
@@ -379,35 +379,35 @@ def call(monkeypatch, capsys):
 
 def test_bad_input_is_one_line_and_exit_2_and_good_input_is_not(dozen, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    for name, content in (('empty.txt', b''), ('binary.txt', bytes(range(256))),
-                          ('good.txt', b'A b. ' * 99), ('broken.pt', b'not a checkpoint')):
-        Path(name).write_bytes(content)
-    one, distil = f'sample.py {dozen}/student --source', f'distill.py {dozen}/teacher'
-    lines = f'''prepare_data.py nonsense; prepare_data.py --nonsense 1; sample.py missing; bench.py;
-        prepare_data.py x --input missing.txt; prepare_data.py x --input empty.txt;
-        prepare_data.py x --input binary.txt; prepare_data.py x --input good.txt --tokenizer words;
-        prepare_data.py ../x --input good.txt; distill.py --leg 2; sample.py broken.pt;
-        train_teacher.py --data missing; train_teacher.py --device abacus; {distil} --method magic;
-        train_teacher.py --model magic; train_teacher.py --axis magic; train_teacher.py --warmup 0;
-        train_teacher.py --heads 3; train_teacher.py --layers 0; train_teacher.py --dropout 1;
-        distill.py missing; distill.py {dozen}/student; {distil} --guide {dozen}/teacher; {one} 1~;
-        bench.py train --nfe x; sample.py {dozen}/student --prompt 1; {one} {'1987-03-23' * 9};
+    files = {'empty.txt': b'', 'binary.txt': bytes(256), 'good.txt': b'A b. ' * 99, 'no.pt': b'no'}
+    assert all(Path(name).write_bytes(x) == len(x) for name, x in files.items())
+    evil = type('', (), {'__reduce__': lambda _: (os.mkdir, ('owned',))})()     # when it is loaded
+    torch.save({'format': 9}, 'new.pt'), torch.save({'format': 1, 'ema': evil}, 'evil.pt')
+    one, text = f'sample.py {dozen}/student --source', 'prepare_data.py x --input'
+    lines = f'''prepare_data.py nonsense; prepare_data.py --nonsense 1; sample.py no.pt; bench.py;
+        sample.py new.pt; sample.py evil.pt; {text} missing.txt; {text} empty.txt; {one} 1~;
+        {text} binary.txt; {text} good.txt --tokenizer words; prepare_data.py ../x --input good.txt;
+        train_teacher.py --axis magic; train_teacher.py --warmup 0; train_teacher.py --heads 3;
+        train_teacher.py --layers 0; train_teacher.py --dropout 1; distill.py {dozen}/student;
+        distill.py {dozen}/teacher --guide {dozen}/teacher; distill.py --leg 2; {one} {'1-' * 30};
+        bench.py train --nfe x; sample.py {dozen}/student --prompt 1; {one} 1987-03-23 --gamma 2;
         {one} 1987-03-23 --sampler bridge; {one} 1987-03-23 --compare {dozen}/student'''.split(';')
     for script in prepare_data, train_teacher, distill, sample, bench:
         text = ' '.join(call(f'{script.__name__}.py -h')[1].split())
         for f in fields(script.Options):        # every one is in -h, every number is checked
-            name, wrong = f.name.replace('_', '-'), ('x', -1) if f.type in (int, float) else ()
+            name, huge = f.name.replace('_', '-'), '9' * 400    # as a file's name, too
+            wrong = ['x', '-1', 'nan', huge][3 * (f.type not in (int, float)):]
             assert name in text and f'[{f.default}]' in text
-            lines += [f'{script.__name__}.py --{name} {x}' for x in wrong]
+            if script is not prepare_data or f.type is int:     # else it works first, then fails
+                lines += [f'{script.__name__}.py --{name} {x}' for x in wrong]
     for line in lines:
         status, out, err = call(line)
         assert status == 2 and err.count('\n') == 1 and not out, (line, out, err)
-    assert {str(p) for x in ('*', 'data/*') for p in Path().glob(x)} == {
-        'binary.txt', 'broken.pt', 'empty.txt', 'good.txt', 'data', 'data/cache'}
+    found = {str(p) for x in ('*', 'data/*') for p in Path().glob(x)}
+    assert found == {*files, 'new.pt', 'evil.pt', 'data', 'data/cache'}         # nothing "owned"
     status, out, _ = call(f'sample.py {dozen}/student --n 1', '1987-03-23\n2001-12-04\n')
     assert [x.split(' -> ')[0] for x in out.splitlines()] == ['1987-03-23', '2001-12-04']
 
-# ---- The README: its commands are understood, its snippets compute what the code does ----
 def test_commands_of_readme_and_makefile(call, monkeypatch):
     text = (README + (HERE / 'Makefile').read_text()).replace('\\\n', '').replace('$(PY)', 'python')
     text = re.sub(r'\$+(\w|\(\(.*?\)\))', '1', text)         # $D and $$((128 * R)), of make and sh
@@ -420,7 +420,7 @@ def test_commands_of_readme_and_makefile(call, monkeypatch):
 
 def test_snippets_of_the_readme():
     teach, distil, sampler = re.findall(r'```python\n(.*?)```', README, re.S)
-    model, given, tokens = tiny(vocab=80, two_time=True), no_given(4, 6), torch.randint(70, (4, 6))
+    model, tokens, given = tiny(80, two_time=True), torch.randint(9, (4, 6)), torch.full((4, 6), -1)
     model.net.head.bias.data[-2:] = -30         # <sep> and <bos>, which samplers never write
     rng, *same = (torch.Generator().manual_seed(0) for _ in range(3))
     def net(h, *at):

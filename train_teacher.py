@@ -63,7 +63,7 @@ from model import Config, build, checksum, load, save  # noqa: E402
 def load_data(folder):
     """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
     folder = Path(folder)
-    if not (folder / 'meta.json').is_file():
+    if not os.path.isfile(folder / 'meta.json'):
         fail(f'{folder} holds no prepared data; run: python prepare_data.py {folder.name}')
     with suppress(OSError, ValueError, KeyError, TypeError):
         meta = json.loads((folder / 'meta.json').read_bytes())
@@ -121,8 +121,8 @@ def join(o):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     # noise belongs to a part of the batch: one process with n parts trains as n processes do
     o.parts = o.parts or world
-    if min(o.batch, o.parts, o.warmup, o.eval_every) < 1 or max(o.decay, o.ema) > 1:
-        fail('--batch, --parts, --warmup, --eval-every: from 1; --decay, --ema: to 1')
+    if not min(o.batch, o.parts, o.warmup, o.eval_every) >= 1 >= max(o.decay, o.ema, o.batch / 1e6):
+        fail('--batch (to 1e6), --parts, --warmup, --eval-every: from 1; --decay, --ema: to 1')
     if o.parts % world or o.batch % o.parts:
         fail(f'--batch {o.batch}: a multiple of --parts {o.parts}, and that of {world} processes')
     if world > 1:
@@ -214,10 +214,10 @@ class Log:
 def main(o):
     if o.model not in ('flm', 'diffuseq', 'mdlm', 'ar'):
         fail(f'--model {o.model}: use flm, diffuseq, mdlm or ar')
-    if not re.fullmatch(r'measured|reader|paper|uniform|\d+(\.\d+)?', o.axis):
-        fail(f'--axis {o.axis}: use measured, reader, paper, uniform or a number such as 2')
-    if min(o.layers, o.heads, o.width) < 1 or o.width % (2 * o.heads) or o.dropout >= 1:
-        fail('--layers: from 1; --width: a multiple of twice --heads; --dropout: below 1')
+    if not re.fullmatch(r'measured|reader|paper|uniform|\d+(\.\d+)?', o.axis) or o.dropout >= 1:
+        fail(f'--axis {o.axis}: measured, reader, paper, uniform or a number; --dropout: below 1')
+    if not 0 < o.layers * o.heads * o.width * (1 + o.code) < 1e13 or o.width % (2 * o.heads):
+        fail(f'--width {o.width}: a multiple of twice --heads; --layers, --code: too many')
     rank, world, device, told = join(o)
     meta, train, val = load_data(o.data)
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
@@ -228,7 +228,7 @@ def main(o):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opts = optimisers(model, o)
     kept = restore(out, model, ema, opts) if o.resume else {}
-    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(3, 64)) * (rank == 0)
+    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(3, 8)) * (rank == 0)
     # sums in float64 are exact, whatever their order: a resumed run of several has the same ones
     bins = bins.to(device, torch.float32 if device.type == 'mps' else torch.float64)
     if o.compile and device.type == 'cuda':
@@ -244,14 +244,14 @@ def main(o):
             add_up([bins])
             if not bins.isfinite().all():
                 bad = (~bins[0].isfinite()).nonzero().flatten().tolist()
-                fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 64; lower '
+                fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; lower '
                      f'the learning rates, and --resume goes on from the last save in {out}')
         if hundred:
-            loss, eighths = bins[0].sum() / bins[1].sum(), bins[:2].view(2, 8, 8).sum(-1)
-            log(it, loss=loss.item(), norm=norm.item(), norm_max=bins[2, 0].item(),
-                bins=[round(x, 3) for x in (eighths[0] / eighths[1]).tolist()])
+            means = [round(x, 3) for x in (bins[0] / bins[1]).tolist()]
+            log(it, loss=(bins[0].sum() / bins[1].sum()).item(), norm=norm.item(),
+                norm_max=bins[2, 0].item(), bins=means)
             if o.axis == 'measured' and o.model == 'flm' and 2 * it <= o.iters:
-                model.refit((bins[0] / bins[1].clamp(min=1)).float())
+                model.refit(*(x[:32] for x in batch[:2]), seed=it)
                 ema.taus.copy_(model.taus)
             bins.zero_()
         if due or it == o.iters:
@@ -269,7 +269,7 @@ def main(o):
                 losses = model.loss(tokens, given, tau, generator(device, o.seed, it, 1 + part))
             (losses.sum() / o.batch).backward()
             seen = torch.stack([losses, losses ** 0]).detach().to(bins)     # and how many rows
-            bins[:2].index_add_(1, (tau * 64).long(), seen)     # by tau: where it is still learning
+            bins[:2].index_add_(1, (tau * 8).long(), seen)     # by tau: where it is still learning
         norm = update(model, ema, opts, it, o)
         bins[2] = bins[2].maximum(norm) * (rank == 0)
     print(f'wrote {out}/model.pt and {out}/log.jsonl')

@@ -220,7 +220,7 @@ def picture(lines, path):
         if model.config.model == 'flm' and not is_student(model.config):
             last.plot(model.ts, model.taus, label=name)
             last.plot(*time_axis(model.config.vocab), 'k:', label="the paper's")
-    last.set(xlabel='time t', ylabel='tau'), last.legend(), axes[0].legend()
+    last.set(xlabel='time t', ylabel='tau'), axes[0].legend(), last.lines and last.legend()
     figure.savefig(path, metadata={'Date': None})
 
 # ---- Speed: timed on the device itself after warm-up, of which compilation is part ----

@@ -22,7 +22,7 @@ class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
     out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'semigroup'   # flow: semigroup | lagrangian | eulerian, see flow_map_target
+    method: str = 'lagrangian'  # flow: lagrangian | semigroup | eulerian, see flow_map_target
     rollout: int = 8            # flow: teacher's calls the one-call map copies; 0: as --method
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
@@ -83,9 +83,9 @@ def semigroup_weight(s, u, t):
 def flow_map_target(student, teacher, h, given, s, t, method, leg):
     """What delta_{s,t}(h) should be, from two shorter legs s -> u -> t: (B, L, V), rows sum to 1.
 
-    semigroup   u in the middle, both legs by the student
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
+    semigroup   u in the middle, both legs by the student, which may drift off its teacher
     One formula for the three (see semigroup_weight), no derivative, and always in the simplex.
     """
     share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
@@ -249,7 +249,7 @@ def draw_rows(model, meta, ids, n, nfe, seed):
     return write(model, given, nfe, seed)
 
 def main(o):
-    for name, allowed in (('method', ('semigroup', 'lagrangian', 'eulerian')),
+    for name, allowed in (('method', ('lagrangian', 'semigroup', 'eulerian')),
                           ('loss', ('sid', 'dmd'))):
         if getattr(o, name) not in allowed:
             fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')

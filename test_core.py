@@ -200,8 +200,7 @@ def test_score_gap_has_half_the_fisher_gradient_on_a_gaussian():
 def test_given_tokens_come_back_and_special_ids_are_never_written(kind, how):
     model, tokens = tiny(model=kind), torch.randint(8, (50, 6))
     given = torch.where(torch.rand(50, 6) < 0.3, tokens, -1)
-    # the network would love to write <sep>
-    (model.bias if kind == 'diffuseq' else model.net.head.bias).data[-2:] += 10
+    (model.bias if kind == 'diffuseq' else model.net.head.bias).data[-2:] += 10     # loves <sep>
     out = write_rows(model, given, 3, **how)
     assert (out == tokens)[given >= 0].all() and out[given < 0].max() < 10
 
@@ -425,16 +424,17 @@ def test_snippets_of_the_readme():
     rng, *same = (torch.Generator().manual_seed(0) for _ in range(3))
     def net(h, *at):
         return model.predict(h, given, *(x + torch.zeros(4) for x in at))
-    says = dict(torch=torch, B=4, u=.3, tokens=tokens, E=model.net.embed, F=model.noise_factor(),
-                z=torch.randn(4, 6, 32, generator=rng), t_of=lambda x: model.t_of(x)[:, None, None],
-                jump=lambda h, p, *at: model.jump(h, p, given, *at), net=net, student=net,
-                cross_entropy=lambda x, y: cross_entropy(x.mT, y if y.ndim == 2 else y.mT))
+    says = dict(
+        torch=torch, B=4, u=.3, tokens=tokens, E=model.net.embed, F=model.noise_factor(), net=net,
+        z=torch.randn(4, 6, 32, generator=rng), t_of=lambda x: model.t_of(x)[:, None, None],
+        jump=lambda h, p, *at: model.jump(h, p, given, *at), student=net, teacher=net,
+        cross_entropy=lambda x, y: cross_entropy(x.mT, y if y.ndim == 2 else y.mT))
     exec(teach, says)
     assert torch.allclose(says['loss'], model.loss(tokens, given, says['tau'], same[0]).mean())
-    says['s'], says['u'], says['t'] = at = torch.tensor([[.2], [.5], [.8]]).expand(3, 4)
+    s, says['u'], t = says['s'], _, says['t'] = torch.tensor([[.2], [.5], [.8]]).expand(3, 4)
     exec(distil, says)
-    target = distill.flow_map_target(model, None, says['h'], given, at[0], at[2], 'semigroup', 0)
-    assert torch.allclose(says['target'], target, atol=1e-6)
+    want = distill.flow_map_target(model, model.predict, says['h'], given, s, t, 'lagrangian', .5)
+    assert torch.allclose(says['target'], want, atol=1e-6)
     exec(sampler, says)
     assert torch.equal(says['text'], write_rows(model, given, 1, same[1]))
 

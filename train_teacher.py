@@ -217,7 +217,7 @@ def main(o):
     if not re.fullmatch(r'measured|reader|paper|uniform|\d+(\.\d+)?', o.axis) or o.dropout >= 1:
         fail(f'--axis {o.axis}: measured, reader, paper, uniform or a number; --dropout: below 1')
     if not 0 < o.layers * o.heads * o.width * (1 + o.code) < 1e13 or o.width % (2 * o.heads):
-        fail(f'--width {o.width}: a multiple of twice --heads; --layers, --code: too many')
+        fail(f'--width {o.width}: a multiple of twice --heads; --layers, --code: too many, or none')
     rank, world, device, told = join(o)
     meta, train, val = load_data(o.data)
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'

@@ -93,7 +93,7 @@ def text_figures(rows, meta, real, train, score):
 
 def load_scorer(name, meta, device):
     """A function: rows (B, L) -> -log p of tokens up to <eos>, under a model that wrote none."""
-    if (Path(name) / 'model.pt').is_file():
+    if len(name) < 250 and (Path(name) / 'model.pt').is_file():
         model, ckpt = load(name, device)
         if model.config.model != 'ar' or ckpt['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--scorer {name}: needs --model ar and the tokenizer of the models it scores')

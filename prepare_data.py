@@ -72,7 +72,7 @@ WORDS = r' ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+'
 
 def train_bpe(texts, size):
     """Byte-level BPE: merge the most frequent pair of neighbours until there are `size` tokens."""
-    # a line of ten million letters is no word: it would take hours, and have no say anyway
+    # a line of ten million letters is no word: every merge would go through all of it
     counts = Counter(x for text in texts for x in re.findall(WORDS, text) if len(x) <= 64)
     bar = '\u0100'                      # between pieces; bytes are the characters 0-255
     words = [bar + bar.join(word.encode().decode('latin-1')) + bar for word in counts]

@@ -50,7 +50,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from model import (Config, build, is_student, load, split_rows, time_axis,  # noqa: E402
                    write_rows, write_whole)
-from sample import health, to_texts, write  # noqa: E402
+from sample import SAMPLERS, health, to_texts, write  # noqa: E402
 from train_teacher import autocast, load_data, pick_device, up_to  # noqa: E402
 
 # ---- Distances between samples and real text, on token ids; repetition cannot fool them ----
@@ -329,9 +329,9 @@ def main(o):
     if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
         fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
     numbers = map(str, (*o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers, o.per_source))
-    if not all(n.isdecimal() and 0 < int(n) <= 10 ** 6 for n in numbers) or o.width % 8 or (
-            o.sampler not in ('', 'euler', 'ab2', 'bridge', 'ancestral', 'ddim')) or (
-            o.per_source > o.rows or o.vocab < 8 or o.gamma > 1):
+    if (not all(n.isdecimal() and 0 < int(n) <= 10 ** 6 for n in numbers) or o.per_source > o.rows
+            or o.vocab < 8 or o.width % 8 or o.gamma > 1
+            or o.sampler not in ['', *sum(SAMPLERS.values(), [])]):
         fail('whole numbers from 1 to a million, --per-source to --rows, --vocab from 8, --width a '
              'multiple of 8, --gamma to 1, --sampler as for sample.py')
     device = pick_device(o.device)

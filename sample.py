@@ -160,13 +160,13 @@ def animate(nfe, meta, enc):
         time.sleep(0.05)
     return watch
 
+SAMPLERS = {'flm': ['euler', 'ab2', 'bridge'], 'diffuseq': ['ancestral', 'ddim']}
 def check(o, meta, config):
     for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('mbr', 0, 10 ** 4),
                             ('temperature', 0.01, 100), ('top_p', 0.001, 1), ('gamma', 0, 1)):
         if not low <= getattr(o, name) <= high:
             fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
-    samplers = {'flm': ['euler', 'ab2', 'bridge'], 'diffuseq': ['ancestral', 'ddim']}
-    if o.sampler and o.sampler not in samplers.get(config.model, [])[:1 if config.two_time else 3]:
+    if o.sampler and o.sampler not in SAMPLERS.get(config.model, [])[:1 if config.two_time else 3]:
         fail(f'--sampler {o.sampler}: flows have euler, teachers ab2 and bridge too; diffuseq ddim')
     if ((o.temperature, o.top_p) != (1, 1) if config.model == 'diffuseq' else o.clamp) or (
             o.gamma and config.model != 'flm') or o.film and not o.compare:

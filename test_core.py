@@ -319,11 +319,11 @@ def prepared(path, name, **options):
     return meta, *ids, encoding(meta['tokenizer'])
 
 def test_prepare_text_pairs_and_lm1b_from_a_parquet_file(tmp_path):
-    path = tmp_path / 'a.txt'
     text = 'The cat sat on the mat. The dog sat on the \u00e9\u4e16.\r\n' * 40 + 'x' * 10 ** 7
-    path.write_text(text, encoding='utf-8')
+    (path := tmp_path / 'a.txt').write_text(text, encoding='utf-8')
     _, train, val, enc = prepared(path, 'toy', tokenizer='bpe:300', length=8, val=0.2)
     assert enc.decode([*train, *val]) == text.replace('\r\n', '\n') + '<eos>'
+    assert enc.decode(enc.encode_ordinary('Any bytes: \u2603')) == 'Any bytes: \u2603'
     (path := tmp_path / 'b.jsonl').write_text('\n'.join(
         json.dumps({'src': f'what is {i}', 'trg': f'tell me {i // 2}'}) for i in range(50)))
     meta, *ids, enc = prepared(path, 'pairs', tokenizer='byte', length=24)
@@ -378,24 +378,24 @@ def call(monkeypatch, capsys):
 
 def test_bad_input_is_one_line_and_exit_2_and_good_input_is_not(dozen, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    files = {'empty.txt': b'', 'binary.txt': bytes(256), 'good.txt': b'A b. ' * 99, 'no.pt': b'no'}
+    files = {'no.txt': b'', 'bad.txt': bytes(range(256)), 'good.txt': b'A b. ' * 99, 'no.pt': b'no'}
     assert all(Path(name).write_bytes(x) == len(x) for name, x in files.items())
     evil = type('', (), {'__reduce__': lambda _: (os.mkdir, ('owned',))})()     # when it is loaded
     torch.save({'format': 9}, 'new.pt'), torch.save({'format': 1, 'ema': evil}, 'evil.pt')
-    one, text = f'sample.py {dozen}/student --source', 'prepare_data.py x --input'
+    one, of = f'sample.py {dozen}/student --source', 'prepare_data.py x --input'
     lines = f'''prepare_data.py nonsense; prepare_data.py --nonsense 1; sample.py no.pt; bench.py;
-        sample.py new.pt; sample.py evil.pt; {text} missing.txt; {text} empty.txt; {one} 1~;
-        {text} binary.txt; {text} good.txt --tokenizer words; prepare_data.py ../x --input good.txt;
+        sample.py new.pt; sample.py evil.pt; sample.py missing; {of} missing.txt; {of} no.txt;
+        {of} bad.txt; {of} good.txt --tokenizer words; prepare_data.py ../x --input good.txt;
         train_teacher.py --axis magic; train_teacher.py --warmup 0; train_teacher.py --heads 3;
         train_teacher.py --layers 0; train_teacher.py --dropout 1; distill.py {dozen}/student;
-        distill.py {dozen}/teacher --guide {dozen}/teacher; distill.py --leg 2; {one} {'1-' * 30};
-        bench.py train --nfe x; sample.py {dozen}/student --prompt 1; {one} 1987-03-23 --gamma 2;
-        {one} 1987-03-23 --sampler bridge; {one} 1987-03-23 --compare {dozen}/student'''.split(';')
+        distill.py {dozen}/teacher --guide {dozen}/teacher; distill.py missing; distill.py --leg 2;
+        bench.py train --nfe x; sample.py {dozen}/student --prompt 1; {one} {'1-' * 30}; {one} 1~;
+        {one} 1 --sampler bridge; {one} 1 --gamma 2; {one} 1 --compare {dozen}/student'''.split(';')
     for script in prepare_data, train_teacher, distill, sample, bench:
         text = ' '.join(call(f'{script.__name__}.py -h')[1].split())
         for f in fields(script.Options):        # every one is in -h, every number is checked
             name, huge = f.name.replace('_', '-'), '9' * 400    # as a file's name, too
-            wrong = ['x', '-1', 'nan', huge][3 * (f.type not in (int, float)):]
+            wrong = ('x', '-1', 'nan', huge) if f.type in (int, float) else (huge,)
             assert name in text and f'[{f.default}]' in text
             if script is not prepare_data or f.type is int:     # else it works first, then fails
                 lines += [f'{script.__name__}.py --{name} {x}' for x in wrong]

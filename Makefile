@@ -1,5 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (75 minutes), long (65), axes (45), samplers (9), dates (40), dates-diffuseq (25), speed (25), weights.
+# What the README reports, made anew: make frontier (80 minutes), long (65), ablations (30), axes (45),
+# samplers (9), dates (40), dates-diffuseq (25), speed (25), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -9,7 +10,7 @@ demo: .venv
 	$(PY) prepare_data.py pydocs
 	$(PY) train_teacher.py
 	$(PY) distill.py
-	$(PY) sample.py --compare out/pydocs/teacher
+	$(PY) sample.py --compare out/pydocs/teacher --temperature 0.75
 
 test: .venv
 	$(PY) -m pytest -q -o markers=slow -m 'not slow' test_core.py
@@ -18,33 +19,46 @@ slow: .venv
 	$(PY) -m pytest -q -o markers=slow -m slow test_core.py
 
 # three seeds of the flow and of the two baselines, trained as long as teacher and student together;
-# AR overfits before that and stops at 950 iterations; the scorer is wider
+# AR overfits before that and stops at 950 iterations; the scorer is wider; --code hardly matters to either
 frontier: data/pydocs
 	for S in 0 1 2; do \
 	  $(PY) train_teacher.py --seed $$S --out out/$$S/flm/teacher && \
 	  $(PY) distill.py out/$$S/flm/teacher --seed $$S && \
-	  $(PY) train_teacher.py --seed $$S --model mdlm --iters 1900 --out out/$$S/mdlm && \
-	  $(PY) train_teacher.py --seed $$S --model ar --iters 950 --dropout 0.2 --out out/$$S/ar || exit; \
+	  $(PY) train_teacher.py --seed $$S --model mdlm --code 32 --iters 1900 --out out/$$S/mdlm && \
+	  $(PY) train_teacher.py --seed $$S --model ar --code 32 --iters 950 --dropout 0.2 --out out/$$S/ar || exit; \
 	done
-	$(PY) train_teacher.py --model ar --iters 500 --dropout 0.2 --width 192 --seed 7 --out out/scorer
+	$(PY) train_teacher.py --model ar --code 32 --iters 500 --dropout 0.2 --width 192 --seed 7 --out out/scorer
 	$(PY) bench.py quality 'out/{seed}/flm/student' 'out/{seed}/flm/teacher' 'out/{seed}/mdlm' 'out/{seed}/ar' \
 	  --nfe 1 2 4 8 32 --seeds 3 --scorer out/scorer --out assets/pydocs.json
-	$(PY) bench.py quality 'out/{seed}/flm/teacher' --sampler ab2 --nfe 8 32 --seeds 3 --out assets/ab2.json
+
+# what each part of the recipe brings: one seed, after make frontier and make long
+ablations: data/pydocs
+	$(PY) train_teacher.py --code 32 --out out/code-32/teacher
+	$(PY) distill.py out/code-32/teacher
+	$(PY) distill.py out/0/flm/teacher --temperature 1 --out out/0/flm/warm
+	$(PY) distill.py out/0/flm/teacher --balance 0 --out out/0/flm/unbalanced
+	$(PY) bench.py quality out/0/flm/student out/0/flm/warm out/0/flm/unbalanced out/code-32/student \
+	  out/0/flm/teacher out/code-32/teacher --nfe 1 8 --seeds 2 --scorer out/scorer --out assets/ablations.json
+	$(PY) distill.py out/long/flm/teacher --method lagrangian --iters 1200 --out out/long/lagrangian
+	$(PY) bench.py quality out/long/lagrangian --nfe 1 2 4 8 32 --seeds 2 --scorer out/scorer --out assets/lagrangian.json
 
 # the same with four times the training, one seed; the weights in assets/ are from here
 long: data/pydocs
 	$(PY) train_teacher.py --iters 4800 --out out/long/flm/teacher
-	$(PY) distill.py out/long/flm/teacher --method semigroup --iters 1200
-	$(PY) train_teacher.py --model mdlm --iters 7600 --out out/long/mdlm
+	$(PY) distill.py out/long/flm/teacher --iters 900
+	$(PY) train_teacher.py --model mdlm --code 32 --iters 7600 --out out/long/mdlm
 	$(PY) bench.py quality out/long/flm/student out/long/flm/teacher out/long/mdlm --nfe 1 2 4 8 32 --seeds 2 \
 	  --scorer out/scorer --out assets/long.json
+	$(PY) bench.py quality out/long/flm/teacher --sampler ab2 --temperature 0.75 --nfe 4 8 32 --seeds 2 \
+	  --scorer out/scorer --out assets/cool.json
 
 axes: data/pydocs
 	for S in 0 1; do for A in uniform paper reader measured; do \
-	  $(PY) train_teacher.py --seed $$S --axis $$A --out out/$$S/$$A || exit; \
+	  $(PY) train_teacher.py --seed $$S --code 32 --axis $$A --out out/$$S/$$A || exit; \
 	done; done
 	$(PY) bench.py quality 'out/{seed}/uniform' 'out/{seed}/paper' 'out/{seed}/reader' 'out/{seed}/measured' \
 	  --nfe 8 32 --seeds 2 --out assets/axes.json
+	$(PY) bench.py quality 'out/{seed}/measured' --sampler ab2 --nfe 8 32 --seeds 2 --out assets/ab2.json
 
 samplers: data/pydocs
 	for G in 0.5 1; do \
@@ -58,11 +72,13 @@ samplers: data/pydocs
 # trains as long as all of these together
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
-	$(PY) distill.py $D/teacher --iters 600 --decay 0.9 --lr 2e-3 --muon-lr 0.01
-	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1 --lr 2e-3 --muon-lr 0.01
-	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call-2 --iters 800 --decay 1 --lr 1e-3 --muon-lr 0.005
-	$(PY) distill.py $D/teacher --guide $D/one-call-2 --out $D/one-call --iters 700 --decay 1 --lr 1e-3 --muon-lr 0.005
-	$(PY) train_teacher.py --data data/dates --model mdlm --iters 8000 --decay 0.9 --out $D/mdlm
+	$(PY) distill.py $D/teacher --method lagrangian --temperature 1 --balance 0 --iters 600 --decay 0.9
+	$(PY) distill.py $D/teacher --guide $D/student --temperature 1 --out $D/one-call-1 --iters 600 --decay 1
+	$(PY) distill.py $D/teacher --guide $D/one-call-1 --temperature 1 --out $D/one-call-2 --iters 800 --decay 1 \
+	  --lr 1e-3 --muon-lr 0.005
+	$(PY) distill.py $D/teacher --guide $D/one-call-2 --temperature 1 --out $D/one-call --iters 700 --decay 1 \
+	  --lr 1e-3 --muon-lr 0.005
+	$(PY) train_teacher.py --data data/dates --model mdlm --code 32 --iters 8000 --decay 0.9 --out $D/mdlm
 	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D/mdlm --nfe 1 2 4 8 64 --rows 1000 --seeds 2 \
 	  --out assets/dates.json
 
@@ -70,8 +86,8 @@ dates: data/dates
 dates-diffuseq: data/dates
 	$(PY) train_teacher.py --data data/dates --model diffuseq --code 8 --iters 1500 --decay 0.9
 	$(PY) distill.py $Q/teacher --iters 400 --decay 0.9 --eval-every 100
-	$(PY) distill.py $Q/teacher --guide $Q/student --out $Q/one-call-1 --iters 600 --decay 1 --lr 2e-3 --muon-lr 0.01
-	$(PY) distill.py $Q/teacher --guide $Q/one-call-1 --out $Q/one-call --iters 700 --decay 1 --lr 2e-3 --muon-lr 0.01
+	$(PY) distill.py $Q/teacher --guide $Q/student --out $Q/one-call-1 --iters 600 --decay 1
+	$(PY) distill.py $Q/teacher --guide $Q/one-call-1 --out $Q/one-call --iters 700 --decay 1
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/one-call --sampler ddim --nfe 1 4 50 --rows 1000 --seeds 2 \
 	  --out assets/dates-diffuseq.json
 	$(PY) bench.py quality $Q/teacher $Q/one-call --nfe 1 2000 --rows 64 --out assets/dates-2000.json
@@ -87,7 +103,6 @@ weights:
 	$(PY) sample.py out/long/flm/student --export assets/pydocs-student.pt
 	$(PY) sample.py out/long/flm/teacher --export assets/pydocs-teacher.pt
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt
-	$(PY) sample.py assets/pydocs-student.pt --compare assets/pydocs-teacher.pt --film assets/pydocs-film.svg
 	$(PY) sample.py assets/dates-one-call.pt --source 2024-02-29 --compare out/dates/teacher \
 	  --film assets/dates-film.svg
 	cd assets && sha256sum *.pt > SHA256SUMS
@@ -100,4 +115,4 @@ data/%: | .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv
 
-.PHONY: demo test slow frontier long axes samplers dates dates-diffuseq speed weights
+.PHONY: demo test slow frontier long ablations axes samplers dates dates-diffuseq speed weights

@@ -28,6 +28,7 @@ class Options:
     what: tuple = ()            # quality CHECKPOINTS (of the same data) | speed CHECKPOINTS | train
     nfe: tuple = ('1', '4', '64')   # network calls
     sampler: str = ''           # quality: of the teachers, as for sample.py
+    temperature: float = 1.0    # quality: of the teachers and baselines, as for sample.py
     gamma: float = 0.0          # quality: of the flows, as for sample.py
     rows: int = 500             # quality: samples per model, nfe, seed; train: rows per iteration
     per_source: int = 1         # pairs: samples for each source; from 2: unique, self-BLEU, div-4
@@ -97,7 +98,6 @@ def load_scorer(name, meta, device):
         model, ckpt = load(name, device)
         if model.config.model != 'ar' or ckpt['meta']['tokenizer'] != meta['tokenizer']:
             fail(f'--scorer {name}: needs --model ar and the tokenizer of the models it scores')
-
         def mean_nats(rows):
             given = torch.where(up_to(rows, meta, '<eos>') < 0, rows, -1)       # the padding
             return model.loss(rows, given).repeat_interleave((given < 0).sum(1))
@@ -108,7 +108,6 @@ def load_scorer(name, meta, device):
         model = hub.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as e:
         fail(f'--scorer {name}: neither an ar checkpoint nor one of the hub ({type(e).__name__})')
-
     def nats(text):
         ids = tokens(tokens.bos_token + text, return_tensors='pt').input_ids.to(device)
         return F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction='none')
@@ -160,8 +159,10 @@ def measure(model, meta, data, ids, o, nfe, seed, *compared):
     chosen = np.random.default_rng(seed).choice(len(known), o.rows // each)
     known = known[chosen].repeat_interleave(each, dim=0)    # (rows, L), every source `each` times
     given = up_to(known, meta, '<sep>') if meta['pairs'] else torch.full_like(known, -1)
-    how = {'sampler': o.sampler} if o.sampler and not is_student(model.config) else {}
-    how |= {'gamma': o.gamma} if o.gamma and model.config.model == 'flm' else {}
+    how = {'gamma': o.gamma} if model.config.model == 'flm' else {}
+    if not is_student(model.config):
+        how['temperature'] = o.temperature
+        how |= {'sampler': o.sampler} if o.sampler in SAMPLERS.get(model.config.model, []) else {}
     rows, seconds = write(model, given, nfe, seed, **how)
     figures, pairs = health(rows, meta, data), to_texts(rows, meta)
     if not meta['pairs']:
@@ -216,6 +217,7 @@ def picture(lines, path):
                       for other, nfe, runs in lines if other == name]
             ax.plot(*zip(*points), 'o-', label=name)
             ax.set(xscale='log', yscale='linear' if dates else 'log', xlabel=x, ylabel=y)
+            ax.minorticks_off()         # their labels would overlap
         model, _ = load(name.replace('{seed}', '0'))
         if model.config.model == 'flm' and not is_student(model.config):
             last.plot(model.ts, model.taus, label=name)
@@ -288,13 +290,11 @@ def training_step(o, how, name):
         model.net.compile()
     tokens = torch.randint(o.vocab, (o.rows, o.length), device=device)
     given, tau = torch.full_like(tokens, -1), torch.rand(o.rows, device=device)
-
     def work():
         with autocast(device):
             losses = model.loss if how == 'projected' else partial(dense_loss, model)
             losses(tokens, given, tau).mean().backward()
         model.zero_grad(set_to_none=True)
-
     def peak():         # so far, in bytes
         from resource import RUSAGE_SELF, getrusage
         return (torch.cuda.max_memory_allocated() if device.type == 'cuda' else
@@ -330,10 +330,10 @@ def main(o):
         fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
     numbers = map(str, (*o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers, o.per_source))
     if (not all(n.isdecimal() and 0 < int(n) <= 10 ** 6 for n in numbers) or o.per_source > o.rows
-            or o.vocab < 8 or o.width % 8 or o.gamma > 1
+            or o.vocab < 8 or o.width % 8 or o.gamma > 1 or not 0.01 <= o.temperature <= 100
             or o.sampler not in ['', *sum(SAMPLERS.values(), [])]):
         fail('whole numbers from 1 to a million, --per-source to --rows, --vocab from 8, --width a '
-             'multiple of 8, --gamma to 1, --sampler as for sample.py')
+             'multiple of 8, --gamma to 1, --sampler and --temperature as for sample.py')
     device = pick_device(o.device)
     lines = {'quality': quality, 'speed': speed, 'train': train_speed}[what](o, paths, device)
     print('\n' + table(lines))

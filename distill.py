@@ -22,12 +22,13 @@ class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
     out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'lagrangian'  # flow: lagrangian | semigroup | eulerian, see flow_map_target
-    rollout: int = 8            # flow: teacher's calls the one-call map copies; 0: as --method
+    method: str = 'rollout'     # flow: rollout | lagrangian | semigroup | eulerian, see flow_map
+    rollout: int = 8            # flow: teacher's calls to copy, by other methods only for (0, 1)
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
-    teacher_diagonal: bool = True   # flow: learn from the teacher; else from data and itself
+    temperature: float = 0.75   # flow: of the teacher at tau = 1, to which it falls from 1
+    balance: float = 0.3        # flow: power of a token's frequency that one call divides p by
     guide: str = ''             # a student to go on from: a copy learns its jump and a look as one
     noises: int = 3             # --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
@@ -36,12 +37,12 @@ class Options:
     adversarial: float = 0.0    # diffuseq: weight of the critic; with --guide that one's stage 2
     score_lr: float = 3e-4      # diffuseq: learning rate of both networks (Adam)
     row_noise: bool = True      # diffuseq: all positions see one noise, so need not agree on theirs
-    iters: int = 300            # optimiser iterations
+    iters: int = 250            # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
     parts: int = 0              # parts each batch is computed in; 0: one for each process
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
-    lr: float = 6e-4            # peak learning rate of AdamW
-    muon_lr: float = 0.003      # peak learning rate of Muon
+    lr: float = 2e-3            # peak learning rate of AdamW
+    muon_lr: float = 0.01       # peak learning rate of Muon
     warmup: int = 50            # iterations of linear warm-up
     decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
     ema: float = 0.999          # decay of the averaged weights, which samples are drawn with
@@ -63,17 +64,15 @@ from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  #
 
 # ---- FMLM: the flow map, learnt from the teacher and from the student's own shorter legs ----
 def time_pairs(B, o, rng, device):
-    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge at (0, 1), to roll out.
-
-    The others have t - s ~ U(0, 1) and s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813.
-    """
+    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge are to be rolled out.
+    Some lie at (0, 1), others at t - s ~ U(0, 1), s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813."""
     n = round(B * o.diagonal)
     edge = n + max(1, round((B - n) * o.boundary)) if o.boundary else n
     u = torch.rand(2, B, generator=rng, device=device)
     s, t = u[1] * (1 - u[0]), u[1] * (1 - u[0]) + u[0]
     s[:n] = t[:n] = (u[0, 0] + torch.arange(n, device=device) / max(1, n)) % 1      # stratified
     s[n:edge], t[n:edge] = 0, 1
-    return s, t, n, edge if o.rollout else n
+    return s, t, n, B if o.method == 'rollout' else edge if o.rollout else n
 
 def semigroup_weight(s, u, t):
     """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813."""
@@ -85,9 +84,8 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
 
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
-    semigroup   u in the middle, both legs by the student, which may drift off its teacher
-    One formula for the three (see semigroup_weight), no derivative, and always in the simplex.
-    """
+    semigroup   u in the middle, both legs by the student
+    One formula for the three (see semigroup_weight), no derivative, and always in the simplex."""
     share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
     u = s + share * (t - s)
     first = teacher(h, given, s) if method == 'eulerian' else student.predict(h, given, s, u)
@@ -97,36 +95,39 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
     return g * first + (1 - g) * last.softmax(-1)
 
-def rollout(student, teacher, h, given, calls, steady=False):
-    """The p (B, L, V) that the teacher comes to from pure noise h (B, L, C), in so many calls.
-
-    steady   the prediction changes evenly along tau: go on as it changed last (sampler ab2)
-    """
-    grid, p = torch.linspace(0, 1, calls + 1, device=h.device)[:, None].expand(-1, len(h)), None
-    for now, then in zip(grid, grid[1:]):
+def rollout(student, teacher, h, given, s, t, calls, steady=False):
+    """delta_{s,t}(h), as the teacher finds it in so many calls from s to t: (B, L, V).
+    steady: its guess changes evenly along tau, and may go on as it changed last (sampler ab2)."""
+    p = mean = 0
+    for i in range(calls):
+        now, then = (s + (t - s) * k / calls for k in (i, i + 1))
         p, last = teacher(h, given, now).softmax(-1), p
-        ahead = 0.5 * (p - last) if steady and last is not None else 0
-        h = student.jump(h, p + ahead, given, now, then)
-    return p
+        way = p + 0.5 * (p - last) if steady and 0 < i < calls - 1 else p
+        h = student.jump(h, way, given, now, then)
+        g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, now, then)))
+        mean = g * mean + (1 - g) * way
+    return mean
 
-def flow_map(student, teacher, o, device):
+def cooled(teacher, T):
+    """The teacher's D_tau(h), logits (B, L, V), at a temperature that falls as in write_rows."""
+    return lambda h, given, tau: teacher.predict(h, given, tau) / (1 - (1 - T) * tau)[:, None, None]
+
+def flow_map(student, teacher, o):
     """The student's loss of one iteration, as a function of tokens, given and generator."""
-    D = teacher.predict if o.teacher_diagonal else (        # else the student's own diagonal
-        lambda h, given, tau: student.predict(h, given, tau, tau))
+    D, steady = cooled(teacher, o.temperature), student.config.axis == 'measured'
 
     def losses(tokens, given, rng):
-        s, t, n, edge = time_pairs(len(tokens), o, rng, device)
+        s, t, n, edge = time_pairs(len(tokens), o, rng, tokens.device)
         h = student.corrupt(tokens, given, s, rng)
         with torch.no_grad():
-            # at (0, 1) from the teacher alone: taught by its own legs this map drifts off its texts
-            target = [D(h[:n], given[:n], s[:n]).softmax(-1) if o.teacher_diagonal else
-                      F.one_hot(tokens[:n], student.config.vocab).float(),
-                      rollout(student, D, h[n:edge], given[n:edge], max(1, o.rollout),
-                              steady=student.config.axis == 'measured'),
-                      flow_map_target(student, D, h[edge:], given[edge:], s[edge:], t[edge:],
-                                      o.method, o.leg)]
+            still, roll, between = zip(*(x.split([n, edge - n, len(h) - edge])
+                                         for x in (h, given, s, t)))
+            target = [D(*still[:3]).softmax(-1)]
+            target += [rollout(student, D, *roll, max(1, o.rollout), steady)] if n < edge else []
+            if edge < len(h):       # taught by its own legs the student may drift off its teacher
+                target.append(flow_map_target(student, D, *between, o.method, o.leg))
         loss = row_mean(student.predict(h, given, s, t, torch.cat(target)), given)
-        groups = {'diagonal': loss[:n], 'one_call': loss[n:edge], 'between': loss[edge:]}
+        groups = {'diagonal': loss[:n], 'rollout': loss[n:edge], 'between': loss[edge:]}
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses
 
@@ -231,8 +232,8 @@ def settle(student, guide, teacher, o):
         s = torch.zeros_like(h[:, 0, 0])
         with torch.no_grad():
             if student.config.two_time:
-                goal = flow_map_target(guide, teacher.predict, h, given, s, s + 1, 'lagrangian',
-                                       o.leg)
+                goal = flow_map_target(guide, cooled(teacher, o.temperature), h, given, s, s + 1,
+                                       'lagrangian', o.leg)
             else:
                 x = guide.net.embed[one_call(guide, h, given).argmax(-1)]
                 for t in (s + 0.5, s + 0.65, s + 0.8):
@@ -249,12 +250,13 @@ def draw_rows(model, meta, ids, n, nfe, seed):
     return write(model, given, nfe, seed)
 
 def main(o):
-    for name, allowed in (('method', ('lagrangian', 'semigroup', 'eulerian')),
-                          ('loss', ('sid', 'dmd'))):
-        if getattr(o, name) not in allowed:
-            fail(f'--{name} {getattr(o, name)}: use {", ".join(allowed)}')
-    if o.noises < 1 or max(o.leg, o.diagonal, o.boundary, o.rollout / 1000, o.noises / 1000) > 1:
-        fail('--noises: from 1 to 1000; --rollout: to 1000; --leg, --diagonal, --boundary: to 1')
+    methods = 'rollout', 'lagrangian', 'semigroup', 'eulerian'
+    if o.method not in methods or o.loss not in ('sid', 'dmd'):
+        fail(f'--method {o.method}: use {", ".join(methods)}; --loss {o.loss}: sid or dmd')
+    if not 0.01 <= o.temperature <= 100 or not 1 <= o.noises <= 1000 >= o.rollout:
+        fail('--temperature: from 0.01 to 100; --noises: from 1 to 1000; --rollout: to 1000')
+    if max(o.leg, o.diagonal, o.boundary, o.balance) > 1:
+        fail('--leg, --diagonal, --boundary, --balance: to 1')
     rank, world, device, told = join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
@@ -273,20 +275,21 @@ def main(o):
                       torch.equal(guide.net.embed, teacher.net.embed)):
         fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
     one = dict(two_time=True) if flow else dict(start=START, row_noise=o.row_noise)
-    student = build(guide.config if guide else replace(teacher.config, dropout=0.0, **one))
+    student = build(guide.config if guide else replace(teacher.config, dropout=0, **one)).to(device)
     # a flow map's second time starts at zero, so that every student starts as its teacher
     student.load_state_dict({**student.state_dict(), **(guide or teacher).state_dict()})
-    student.to(device)
     teacher.requires_grad_(False)
+    if flow and not guide:      # how often each token is to be written, in a sample of the data
+        tokens, given, _ = get_batch(train, meta, 4096, 0.0, generator('cpu', 0), device)
+        times = torch.bincount(tokens[given < 0], minlength=meta['vocab'])
+        student.rare.copy_((1.0 + times) ** -o.balance)
     # the embedding spans the space both networks read and write: shared, so never trained
-    student.net.embed.requires_grad_(False)
-    if not flow:
-        student.bias.requires_grad_(False)
+    for name, p in student.named_parameters():
+        p.requires_grad_(name not in ('net.embed', 'bias'))
     # with the critic a guide is no guide, but where stage 2 starts; its fake is the teacher again
     if flow or guide and not o.adversarial:
         opts = optimisers(student, o)
-        losses = (settle(student, guide, teacher, o) if guide else
-                  flow_map(student, teacher, o, device))
+        losses = settle(student, guide, teacher, o) if guide else flow_map(student, teacher, o)
     else:
         fake = others['fake'] = Fake(teacher).to(device)
         if o.parts != world:

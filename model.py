@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from prepare_data import SPECIAL, fail
 
-FORMAT = 2          # of checkpoints
+FORMAT = 3          # of checkpoints
 CHUNK = {'cuda': 2 ** 27, 'cpu': 2 ** 22}   # logits that exist at a time in a loss, on a device
 
 @dataclass
@@ -117,7 +117,6 @@ class Denoiser(nn.Module):
         angle = torch.arange(c.length)[:, None] * 10000 ** (-torch.arange(half) / half)
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
-
         for p in self.parameters():
             nn.init.normal_(p, std=p.shape[1] ** -0.5) if p.ndim == 2 else nn.init.zeros_(p)
         # as large as the noise beside it: 0.02, as usual, takes hundreds of iterations to be heard
@@ -208,6 +207,8 @@ class OneHotFlow(Model):
         taus = ts if c.axis == 'uniform' else taus
         self.register_buffer('ts', ts.float(), persistent=False)
         self.register_buffer('taus', taus.float(), persistent=c.axis == 'measured')
+        # a student that is unsure would write frequent tokens too often: these count less
+        self.register_buffer('rare', torch.ones(c.vocab), persistent=c.two_time)
 
     @torch.no_grad()
     def refit(self, tokens, given, seed):
@@ -229,9 +230,7 @@ class OneHotFlow(Model):
 
     def noise_factor(self):
         """F (k, C) with F^T F = E^T E: z F has the law of eps E for z ~ N(0, I_k), k = min(V, C).
-
-        One product of V C^2 and one C x C Cholesky per call; gradients reach E through it.
-        """
+        One product of V C^2 and one C x C Cholesky per call; gradients reach E through it."""
         E = self.net.embed.float()
         if E.shape[0] <= E.shape[1]:
             return E                                                        # nothing to save
@@ -290,8 +289,8 @@ class OneHotFlow(Model):
             # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
             r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
             now, to = (x.expand(len(given)) for x in (now, self.tau_of(r) if gamma else then))
-            p = choose(self.predict(h, given, now, to if self.config.two_time else None))
-            tokens = draw(p, rng) if sampler == 'bridge' else p.argmax(-1)
+            p = choose(self.predict(h, given, now, to if self.config.two_time else None), now[0])
+            tokens = draw(p, rng) if sampler == 'bridge' else (p * self.rare).argmax(-1)
             yield tokens
             if sampler == 'bridge':
                 e, s = self.net.embed[tokens].float(), self.t_of(now)[:, None, None]
@@ -444,10 +443,11 @@ def build(config):
 def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=lambda *_: 0, **how):
     """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
 
-    temperature, top_p act on every prediction; watch(i, tokens) sees what each call would write.
+    temperature, top_p act on every prediction, a flow's temperature falls to it from 1 along tau;
+    watch(i, tokens) sees what each call would write.
     """
-    def choose(logits):
-        logits = logits / temperature
+    def choose(logits, tau=1):          # a flow's early guesses, means of many texts, stay that
+        logits = logits / (1 + (temperature - 1) * tau)
         logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
         return logits.softmax(-1) if top_p >= 1 else nucleus(logits.softmax(-1), top_p)
 

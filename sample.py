@@ -29,7 +29,7 @@ class Options:
     sampler: str = ''           # flm teachers: euler | ab2 | bridge; diffuseq: ancestral | ddim
     clamp: bool = False         # diffuseq: every guess goes to the nearest embedding
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
-    temperature: float = 1.0    # of every prediction
+    temperature: float = 1.0    # of every prediction; a flow's falls to it from 1 along tau
     top_p: float = 1.0          # keep the most likely tokens of this total probability
     prompt: str = ''            # text to begin with
     infill: str = ''            # text with holes, one _ per token
@@ -125,7 +125,7 @@ def compare(student, teacher, meta, enc, given, o, data):
     for model, nfe in (teacher, 1), (teacher, 64), (student, o.nfe):
         write(model, given[:1], 1, o.seed)      # the first call of all is slow
         calls, who = {}, f'{"student" if model is student else "teacher"} {nfe:2d} |'
-        rows, seconds = write(model, given, nfe, o.seed,
+        rows, seconds = write(model, given, nfe, o.seed, temperature=o.temperature,
                               watch=lambda i, rows: calls.setdefault(i, rows[:o.n]))
         print(who, health_line(rows, meta, data, nfe, seconds), flush=True)
         seen[who] = [[text for _, text in to_texts(call, meta, enc)] for call in calls.values()]

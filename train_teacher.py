@@ -39,7 +39,7 @@ class Options:
     layers: int = 4             # transformer blocks
     heads: int = 8              # attention heads
     width: int = 128            # D, channels of the residual stream
-    code: int = 32              # C, channels of the embedding table; 0: the width
+    code: int = 8               # C, channels of the embedding table; 0: the width
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
     axis: str = 'measured'      # flm: tau(t): measured | reader | paper | uniform | a number

@@ -66,7 +66,6 @@ samplers: data/pydocs
 	    --out assets/gamma-$$G.json || exit; \
 	done
 	$(PY) bench.py quality assets/pydocs-teacher.pt --nfe 8 32 --seeds 2 --sampler bridge --out assets/bridge.json
-	$(PY) bench.py quality assets/pydocs-teacher.pt --nfe 8 32 --seeds 2 --sampler ab2 --out assets/ab2-long.json
 
 # a flow map, then three rounds in which a student at rest teaches a copy of itself one call; mdlm
 # trains as long as all of these together

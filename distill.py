@@ -57,7 +57,7 @@ OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else No
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import build, is_student, load, row_mean, save  # noqa: E402
+from model import build, cool, is_student, load, row_mean, save  # noqa: E402
 from sample import health, write  # noqa: E402
 from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
                            load_data, optimisers, restore, update)
@@ -74,8 +74,9 @@ def time_pairs(B, o, rng, device):
     s[n:edge], t[n:edge] = 0, 1
     return s, t, n, B if o.method == 'rollout' else edge if o.rollout else n
 
-def semigroup_weight(s, u, t):
+def semigroup_weight(student, *taus):
     """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813."""
+    s, u, t = (student.t_of(tau)[:, None, None] for tau in taus)
     return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def flow_map_target(student, teacher, h, given, s, t, method, leg):
     first = first.softmax(-1)
     h_u = student.jump(h, first, given, s, u)
     last = teacher(h_u, given, u) if method == 'lagrangian' else student.predict(h_u, given, u, t)
-    g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, u, t)))      # 0 at t = 1
+    g = semigroup_weight(student, s, u, t)                                          # 0 at t = 1
     return g * first + (1 - g) * last.softmax(-1)
 
 def rollout(student, teacher, h, given, s, t, calls, steady=False):
@@ -104,13 +105,13 @@ def rollout(student, teacher, h, given, s, t, calls, steady=False):
         p, last = teacher(h, given, now).softmax(-1), p
         way = p + 0.5 * (p - last) if steady and 0 < i < calls - 1 else p
         h = student.jump(h, way, given, now, then)
-        g = semigroup_weight(*(student.t_of(x)[:, None, None] for x in (s, now, then)))
+        g = semigroup_weight(student, s, now, then)
         mean = g * mean + (1 - g) * way
     return mean
 
 def cooled(teacher, T):
-    """The teacher's D_tau(h), logits (B, L, V), at a temperature that falls as in write_rows."""
-    return lambda h, given, tau: teacher.predict(h, given, tau) / (1 - (1 - T) * tau)[:, None, None]
+    """The teacher's D_tau(h), logits (B, L, V), at a temperature that falls, see model.cool."""
+    return lambda h, given, tau: cool(teacher.predict(h, given, tau), tau[:, None, None], T)
 
 def flow_map(student, teacher, o):
     """The student's loss of one iteration, as a function of tokens, given and generator."""
@@ -225,8 +226,7 @@ def settle(student, guide, teacher, o):
     A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: the guide's text is
     noised to t = 0.5, 0.65, 0.8, for three looks. A student that learns from itself stays undecided
     where a noise lies between two texts, and mixes their tokens; the guide does not move, so the
-    one it prefers can be learnt. Far from all ties nothing is open: hence the hardest of n noises.
-    """
+    one it prefers can be learnt. Far from all ties nothing is open: hence the hardest of n."""
     def losses(tokens, given, rng):
         h = hardest(student, given, o.noises, rng)
         s = torch.zeros_like(h[:, 0, 0])

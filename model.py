@@ -279,8 +279,7 @@ class OneHotFlow(Model):
         """Yield what each network call would write; choose(logits) -> p, both (B, L, V).
 
         sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
-        gamma    0: follow the flow; up to 1: predict the data, then noise again (nothing at nfe 1)
-        """
+        gamma    0: follow the flow; up to 1: predict the data, then noise again (not at nfe 1)"""
         factor, last = self.noise_factor(), None
         h = clean = self.begin(given, rng, factor)                              # tau = 0
         for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)):
@@ -443,14 +442,11 @@ def build(config):
 def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=lambda *_: 0, **how):
     """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
 
-    temperature, top_p act on every prediction, a flow's temperature falls to it from 1 along tau;
-    watch(i, tokens) sees what each call would write.
-    """
-    def choose(logits, tau=1):          # a flow's early guesses, means of many texts, stay that
-        logits = logits / (1 + (temperature - 1) * tau)
+    temperature, top_p act on every prediction; watch(i, tokens) sees what each call would write."""
+    def choose(logits, tau=1):
+        logits = cool(logits, tau, temperature)
         logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
         return logits.softmax(-1) if top_p >= 1 else nucleus(logits.softmax(-1), top_p)
-
     nfe = given.shape[1] if model.config.model == 'ar' else nfe
     # in this order zip does not ask for a state after the last call
     for i, tokens in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
@@ -465,6 +461,10 @@ def is_student(config):
 def row_mean(x, given):
     """Mean of x (B, L) over the positions not given: (B,)."""
     return torch.where(given < 0, x, 0).sum(1) / (given < 0).sum(1).clamp(min=1)
+
+def cool(logits, tau, temperature):
+    """Logits at a temperature that a flow comes to from 1 along tau; others are at tau = 1."""
+    return logits / (1 + (temperature - 1) * tau)       # early guesses, means of many texts, stay
 
 def nucleus(p, top_p):
     """Keep the most likely tokens of total probability top_p: (..., V) -> (..., V)."""

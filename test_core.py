@@ -106,8 +106,9 @@ def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, toler
     target = distill.flow_map_target(ExactNet(), ExactNet(), x, None, s, t, method, leg)
     want = torch.stack([exact_delta(*args) for args in zip(x, s, t)])
     assert torch.allclose(target, want, atol=tolerance) and (target.sum(-1) - 1).abs().max() < 1e-9
-    for steady, calls in (False, 400), (True, 100):
-        rolled = distill.rollout(ExactNet(), ExactNet(), x, None, s, t, calls, steady)
+    for a, b, steady, n in (s, t, False, 400), (s, t, True, 100), (0 * s, 0 * t + .999, False, 400):
+        want = torch.stack([exact_delta(*args) for args in zip(x, a, b)])
+        rolled = distill.rollout(ExactNet(), ExactNet(), x, None, a, b, n, steady)
         assert torch.allclose(rolled, want, atol=.01)
 
 def test_bridge_mean_and_variance():
@@ -228,14 +229,13 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
     # .69 and .97 in trials; not 1, as noise on the border of two texts still gives their mixture
     assert after >= max(0.95, before + 0.2), (before, after)
 
-@pytest.mark.parametrize('script, more', [
-    (train_teacher, dict(data='data', layers=1)), (distill, dict(teacher='teacher')),
+@pytest.mark.parametrize('script, more', [(train_teacher, dict(data='data', layers=1)),
+    (distill, dict(teacher='teacher', method='lagrangian')),
     (distill, dict(teacher='teacher', guide='student'))])
 def test_stopped_and_resumed_is_never_stopped(dozen, tmp_path, monkeypatch, script, more):
     monkeypatch.chdir(dozen)
     o, calls, update = dict(device='cpu', batch=4, iters=120, eval_every=110), [], script.update
     run(script, out=f'{tmp_path}/a', **o, **more)
-
     def stopping(*args):
         calls.append(len(calls) == 49 and os.kill(os.getpid(), signal.SIGTERM))
         return update(*args)

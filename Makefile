@@ -1,6 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (80 minutes), long (65), ablations (30), axes (45),
-# samplers (9), dates (40), dates-diffuseq (25), speed (25), weights.
+# What the README reports, made anew: make frontier (80 minutes), long (65), ablations (60), axes (45),
+# samplers (9), dates (40), dates-diffuseq (16), speed (30), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -33,12 +33,18 @@ frontier: data/pydocs
 
 # what each part of the recipe brings: one seed, after make frontier and make long
 ablations: data/pydocs
-	$(PY) train_teacher.py --code 32 --out out/code-32/teacher
-	$(PY) distill.py out/code-32/teacher
+	for C in 2 4 32; do \
+	  $(PY) train_teacher.py --code $$C --out out/code-$$C/teacher && $(PY) distill.py out/code-$$C/teacher || exit; \
+	done
+	$(PY) train_teacher.py --code 4 --iters 4800 --out out/long-4/teacher
+	$(PY) distill.py out/long-4/teacher --iters 900
 	$(PY) distill.py out/0/flm/teacher --temperature 1 --out out/0/flm/warm
 	$(PY) distill.py out/0/flm/teacher --balance 0 --out out/0/flm/unbalanced
-	$(PY) bench.py quality out/0/flm/student out/0/flm/warm out/0/flm/unbalanced out/code-32/student \
-	  out/0/flm/teacher out/code-32/teacher --nfe 1 8 --seeds 2 --scorer out/scorer --out assets/ablations.json
+	$(PY) distill.py out/0/flm/teacher --method lagrangian --iters 330 --out out/0/flm/lagrangian
+	$(PY) bench.py quality out/0/flm/student out/0/flm/warm out/0/flm/unbalanced out/0/flm/lagrangian \
+	  out/code-2/student out/code-4/student out/code-32/student out/long-4/student \
+	  out/0/flm/teacher out/code-2/teacher out/code-4/teacher out/code-32/teacher \
+	  --sampler ab2 --temperature 0.75 --nfe 1 8 --seeds 2 --scorer out/scorer --out assets/ablations.json
 	$(PY) distill.py out/long/flm/teacher --method lagrangian --iters 1200 --out out/long/lagrangian
 	$(PY) bench.py quality out/long/lagrangian --nfe 1 2 4 8 32 --seeds 2 --scorer out/scorer --out assets/lagrangian.json
 
@@ -72,11 +78,12 @@ samplers: data/pydocs
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
 	$(PY) distill.py $D/teacher --method lagrangian --temperature 1 --balance 0 --iters 600 --decay 0.9
-	$(PY) distill.py $D/teacher --guide $D/student --temperature 1 --out $D/one-call-1 --iters 600 --decay 1
-	$(PY) distill.py $D/teacher --guide $D/one-call-1 --temperature 1 --out $D/one-call-2 --iters 800 --decay 1 \
-	  --lr 1e-3 --muon-lr 0.005
-	$(PY) distill.py $D/teacher --guide $D/one-call-2 --temperature 1 --out $D/one-call --iters 700 --decay 1 \
-	  --lr 1e-3 --muon-lr 0.005
+	$(PY) distill.py $D/teacher --guide $D/student --temperature 1 --balance 0 --out $D/one-call-1 \
+	  --iters 600 --decay 1
+	$(PY) distill.py $D/teacher --guide $D/one-call-1 --temperature 1 --balance 0 --out $D/one-call-2 \
+	  --iters 800 --decay 1 --lr 1e-3 --muon-lr 0.005
+	$(PY) distill.py $D/teacher --guide $D/one-call-2 --temperature 1 --balance 0 --out $D/one-call \
+	  --iters 700 --decay 1 --lr 1e-3 --muon-lr 0.005
 	$(PY) train_teacher.py --data data/dates --model mdlm --code 32 --iters 8000 --decay 0.9 --out $D/mdlm
 	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D/mdlm --nfe 1 2 4 8 64 --rows 1000 --seeds 2 \
 	  --out assets/dates.json
@@ -93,9 +100,11 @@ dates-diffuseq: data/dates
 
 # of the models that `make frontier` leaves
 speed:
-	for R in 1 16; do $(PY) bench.py train --rows $$R --out assets/train-$$((128 * R)).json || exit; done
-	for V in 1024 8192; do $(PY) bench.py train --rows 16 --vocab $$V --out assets/train-2048-V$$V.json || exit; done
-	$(PY) bench.py train --rows 4 --length 512 --vocab 8192 --out assets/train-2048-L512.json
+	for X in '1 50257 256 128' '16 50257 256 128' '16 8192 256 128' '4 8192 256 512' \
+	    '16 1024 256 128' '16 1024 512 128' '64 1024 512 128'; do \
+	  set -- $$X && $(PY) bench.py train --rows $$1 --vocab $$2 --width $$3 --length $$4 \
+	    --out assets/train-$$1-$$2-$$3-$$4.json || exit; \
+	done
 	$(PY) bench.py speed out/0/flm/student out/0/flm/teacher out/0/mdlm out/0/ar --nfe 1 8 --batch 1 64 --out assets/speed.json
 
 weights:

@@ -4,10 +4,9 @@
     python distill.py out/dates/teacher --guide out/dates/student       # a student, once more
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
-A flow's student is the teacher plus a second time: it learns the flow map delta_{s,t}, the straight
-jump from any time s to any later t, and delta_{0,1} turns noise into text. A diffusion's student is
-a generator trained by score distillation. Data, network and tokenizer come from the teacher's
-checkpoint. Writes <out>/model.pt and <out>/log.jsonl.
+A flow's student is the teacher plus a second time: it learns delta_{s,t}, the text to aim at in one
+straight jump from any time s to any later t; delta_{0,1} turns noise into text. A diffusion's is a
+generator trained by score distillation. Writes <out>/model.pt and <out>/log.jsonl.
 """
 import copy
 import math
@@ -22,19 +21,19 @@ class Options:
     teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
     out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
     data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'rollout'     # flow: rollout | lagrangian | semigroup | eulerian, see flow_map
+    method: str = 'rollout'     # flow: rollout | lagrangian | semigroup | eulerian: flow_map_target
     rollout: int = 8            # flow: teacher's calls to copy, by other methods only for (0, 1)
     leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
     diagonal: float = 0.25      # flow: share of rows at s = t
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
     temperature: float = 0.75   # flow: of the teacher at tau = 1, to which it falls from 1
-    balance: float = 0.3        # flow: power of a token's frequency that one call divides p by
-    guide: str = ''             # a student to go on from: a copy learns its jump and a look as one
+    balance: float = 0.2        # flow: power in weighing one call's tokens, see balance; 0: none
+    guide: str = ''             # a frozen student: a copy learns its jump and a look in one call
     noises: int = 3             # --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
     alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
     fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
-    adversarial: float = 0.0    # diffuseq: weight of the critic; with --guide that one's stage 2
+    adversarial: float = 0.0    # diffuseq: weight of the critic; with --guide: its stage 2
     score_lr: float = 3e-4      # diffuseq: learning rate of both networks (Adam)
     row_noise: bool = True      # diffuseq: all positions see one noise, so need not agree on theirs
     iters: int = 250            # optimiser iterations
@@ -116,7 +115,6 @@ def cooled(teacher, T):
 def flow_map(student, teacher, o):
     """The student's loss of one iteration, as a function of tokens, given and generator."""
     D, steady = cooled(teacher, o.temperature), student.config.axis == 'measured'
-
     def losses(tokens, given, rng):
         s, t, n, edge = time_pairs(len(tokens), o, rng, tokens.device)
         h = student.corrupt(tokens, given, s, rng)
@@ -137,7 +135,6 @@ START = 1 - 1491 / 2000     # where the generator's noise lies: s/a = 2.5, as in
 
 def score_gap(x, real, fake, alpha=1.0, loss='sid'):
     """What the student minimises at each position, up to a weight: (B, L, C) three times -> (B, L).
-
     x is generated; `real` and `fake` are what the teacher and the fake denoiser guess it was, from
     x_t. Where both guess the same, at all noise levels, the student writes as the data do.
     sid  (1 - alpha) |real - fake|^2 + (real - fake).(fake - x), arXiv:2404.04057, with gradient
@@ -171,14 +168,12 @@ class Fake(torch.nn.Module):
 
 def score_distillation(student, teacher, fake, fake_opt, o, device):
     """The student's loss of one iteration, as a function; it first lets the fake catch up."""
-
     def losses(tokens, given, rng):
-        B = len(tokens)
         clean = student.net.embed.detach()[tokens].float()                      # (B, L, C)
         for _ in range(o.fake_ratio):
             with torch.no_grad():
                 x = student.generate(student.begin(given, rng), given)
-            t = torch.rand(B, generator=rng, device=device)
+            t = torch.rand(len(tokens), generator=rng, device=device)
             seen, logit = fake(student.corrupt(x, clean, given, t, rng), given, t)
             loss = row_mean((seen - x).square().mean(-1), given).mean()
             if o.adversarial:
@@ -191,7 +186,7 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
             fake_opt.step()
 
         x = student.generate(student.begin(given, rng), given)
-        t = 0.02 + 0.96 * torch.rand(B, generator=rng, device=device)
+        t = 0.02 + 0.96 * torch.rand(len(tokens), generator=rng, device=device)
         x_t = student.corrupt(x, clean, given, t, rng)
         real, (seen, logit) = teacher.predict(x_t, given, t), fake(x_t, given, t)
         gap = row_mean((real - seen).detach().square().mean(-1), given)
@@ -224,9 +219,9 @@ def settle(student, guide, teacher, o):
     """The loss of a copy of the guide: one call is to do what guide and teacher do in several.
 
     A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: the guide's text is
-    noised to t = 0.5, 0.65, 0.8, for three looks. A student that learns from itself stays undecided
-    where a noise lies between two texts, and mixes their tokens; the guide does not move, so the
-    one it prefers can be learnt. Far from all ties nothing is open: hence the hardest of n."""
+    noised to t = 0.5, 0.65, 0.8, for three looks. Where a noise lies between two texts a student
+    that learns from itself goes on mixing them; the guide does not move, so that the one it prefers
+    can be learnt. Far from all ties nothing is open: hence the hardest of n."""
     def losses(tokens, given, rng):
         h = hardest(student, given, o.noises, rng)
         s = torch.zeros_like(h[:, 0, 0])
@@ -244,19 +239,26 @@ def settle(student, guide, teacher, o):
     return losses
 
 # ---- The script ----
-def draw_rows(model, meta, ids, n, nfe, seed):
-    """Write n rows (n, L), the sources of data rows given if there are any; and the seconds."""
-    _, given, _ = get_batch(ids, meta, n, 0.0, generator('cpu', seed, 1), torch.device('cpu'))
-    return write(model, given, nfe, seed)
+def balance(student, ids, meta, power):
+    """Weigh tokens, in student.rare, so that one call writes each about as often as the data do:
+    p is divided by a power of the frequency, then corrected by what is written, eight times."""
+    often = torch.bincount(torch.from_numpy(ids[:10 ** 7].astype('int64')), minlength=meta['vocab'])
+    often = often / often.sum()
+    student.rare.copy_((often + 1e-5) ** -power)
+    for i in range(8 if power else 0):
+        known = get_batch(ids, meta, 512, 0.0, generator('cpu', i), torch.device('cpu'))[1]
+        text = write(student, known, 1, i)[0].flatten()
+        ratio = (1 + often * len(text)) / (1 + torch.bincount(text, minlength=len(often)))
+        student.rare *= ratio.clamp(1 / 3, 3).pow(0.3).to(student.rare)
 
 def main(o):
     methods = 'rollout', 'lagrangian', 'semigroup', 'eulerian'
     if o.method not in methods or o.loss not in ('sid', 'dmd'):
         fail(f'--method {o.method}: use {", ".join(methods)}; --loss {o.loss}: sid or dmd')
-    if not 0.01 <= o.temperature <= 100 or not 1 <= o.noises <= 1000 >= o.rollout:
-        fail('--temperature: from 0.01 to 100; --noises: from 1 to 1000; --rollout: to 1000')
-    if max(o.leg, o.diagonal, o.boundary, o.balance) > 1:
-        fail('--leg, --diagonal, --boundary, --balance: to 1')
+    if (not 0.01 <= o.temperature <= 100 or not 1 <= o.noises <= 1000 >= o.rollout
+            or max(o.leg, o.diagonal, o.boundary, o.balance) > 1):
+        fail('--temperature: from 0.01 to 100; --noises: from 1 to 1000; --rollout: to 1000; '
+             '--leg, --diagonal, --boundary, --balance: to 1')
     rank, world, device, told = join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
@@ -279,10 +281,6 @@ def main(o):
     # a flow map's second time starts at zero, so that every student starts as its teacher
     student.load_state_dict({**student.state_dict(), **(guide or teacher).state_dict()})
     teacher.requires_grad_(False)
-    if flow and not guide:      # how often each token is to be written, in a sample of the data
-        tokens, given, _ = get_batch(train, meta, 4096, 0.0, generator('cpu', 0), device)
-        times = torch.bincount(tokens[given < 0], minlength=meta['vocab'])
-        student.rare.copy_((1.0 + times) ** -o.balance)
     # the embedding spans the space both networks read and write: shared, so never trained
     for name, p in student.named_parameters():
         p.requires_grad_(name not in ('net.embed', 'bias'))
@@ -304,6 +302,7 @@ def main(o):
         for model in filter(None, (student, guide, teacher)):
             model.net.compile()
     log = Log(out, o, start) if rank == 0 else lambda it, **values: None
+    known = get_batch(val, meta, 200, 0.0, generator('cpu', 1, 1), torch.device('cpu'))[1]
 
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
@@ -315,11 +314,12 @@ def main(o):
             log(it, **{name: x.item() / 100 for name, x in sums.items()})
             sums.clear()
         if due or stop:
+            if flow:        # from nothing but what is saved with it: a resumed run ends alike
+                balance(ema, train, meta, o.balance)
             for nfe in (4, 2, 1):
-                one = health(draw_rows(ema, meta, val, 200, nfe, seed=1)[0], meta, data)
+                one = health(write(ema, known, nfe, 1)[0], meta, data)
                 log(it, nfe=nfe, **one)
-            # one call: correct and all different, at best 1. Score distillation may swing, so its
-            # best weights are kept; a flow map's are the last
+            # score distillation may swing, so its best weights are kept; a flow map's are the last
             quality = math.prod(one.get(k, 1) for k in ('valid', 'form_entropy', 'words', 'unique'))
             if flow or quality >= best:
                 best = quality

@@ -195,7 +195,7 @@ class OneHotFlow(Model):
     paper     tau rises as the error of argmax over x_t falls, arXiv:2602.16813
     reader    the same for who reads h = x_t E. Whitened by its noise covariance E^T E, a token's
               signal has E_k (E^T E)^-1 E_k^T of its energy, mean C/V: t/(1-t) times sqrt(C/V)
-    measured  as `reader`, then refit: any part of the way decides as many nats as another
+    measured  as `reader`, then refit: equal stretches of tau lower the loss by as many nats
     uniform   tau = t;   a number: a factor on t/(1-t) chosen by hand
     """
 
@@ -228,19 +228,19 @@ class OneHotFlow(Model):
     def tau_of(self, t):
         return interpolate(t, self.ts, self.taus)
 
-    def noise_factor(self):
-        """F (k, C) with F^T F = E^T E: z F has the law of eps E for z ~ N(0, I_k), k = min(V, C).
-        One product of V C^2 and one C x C Cholesky per call; gradients reach E through it."""
+    def noise_factor(self, n):
+        """F (k, C) with F^T F = E^T E: z F has the law of eps E for n positions' z ~ N(0, I_k).
+        One product of V C^2 and one C x C Cholesky, k = C; gradients reach E through it."""
         E = self.net.embed.float()
-        if E.shape[0] <= E.shape[1]:
-            return E                                                        # nothing to save
+        if min(n, len(E)) <= E.shape[1]:        # eps itself, k = V, costs less and is as small as E
+            return E
         gram = E.T @ E                                                          # (C, C)
         jitter = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
         return torch.linalg.cholesky(gram + jitter).T
 
     def noise(self, B, L, rng=None, factor=None):
-        """eps E, eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C)."""
-        factor = self.noise_factor() if factor is None else factor
+        """eps E, eps ~ N(0, I) in R^(B x L x V), without eps if that saves work: (B, L, C)."""
+        factor = self.noise_factor(B * L) if factor is None else factor
         return torch.randn(B, L, len(factor), generator=rng, device=factor.device) @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
@@ -280,7 +280,7 @@ class OneHotFlow(Model):
 
         sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (not at nfe 1)"""
-        factor, last = self.noise_factor(), None
+        factor, last = self.noise_factor(given.numel()), None
         h = clean = self.begin(given, rng, factor)                              # tau = 0
         for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)):
             t = self.t_of(then)
@@ -396,7 +396,7 @@ class MaskedDiffusion(Model):
         return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), None, target, **cache)   # no time
 
     def loss(self, tokens, given, t, rng=None):
-        """Bound on -log p, nats per position not given: the guesses' own over 1 - t (B,)."""
+        """Bound on -log p, nats per position not given: that of masked ones over 1 - t (B,)."""
         hide = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
         seen = torch.where(hide & (given < 0), -1, tokens)
         loss = self.predict(seen, tokens) / (1 - t[:, None]).clamp(min=1e-3)
@@ -441,8 +441,7 @@ def build(config):
 @torch.no_grad()
 def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=lambda *_: 0, **how):
     """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
-
-    temperature, top_p act on every prediction; watch(i, tokens) sees what each call would write."""
+    temperature (see cool), top_p act on predictions; watch(i, tokens) sees what a call writes."""
     def choose(logits, tau=1):
         logits = cool(logits, tau, temperature)
         logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
@@ -485,17 +484,18 @@ def logits(y, weight, bias, cap):
 class CrossEntropy(torch.autograd.Function):
     """Logits of y (n, D) against ids (n,) or p (n, V): (n,), nats, in fp32.
 
-    A CHUNK of logits at a time, and once more for the gradients: no (n, V) exists if V is large.
-    """
+    A CHUNK of logits at a time, and once more for the gradients; two are kept. No large (n, V)."""
 
     @staticmethod
     def forward(ctx, y, weight, bias, cap, target):
         ctx.cap, norm, right = cap, [], []
-        ctx.n = max(1, CHUNK.get(y.device.type, 2 ** 22) // len(weight))
+        n = max(1, CHUNK.get(y.device.type, 2 ** 22) // len(weight))
+        ctx.n = n if len(y) > 2 * n else len(y)
         for y_n, aim in zip(y.split(ctx.n), target.split(ctx.n)):
             x = logits(y_n, weight, bias, cap)
             norm.append(x.logsumexp(-1))
             right.append(x.gather(1, aim[:, None])[:, 0] if aim.ndim == 1 else (x * aim).sum(-1))
+        ctx.kept = x if ctx.n == len(y) else None
         ctx.save_for_backward(y, weight, bias, target, norm := torch.cat(norm))
         return norm - torch.cat(right)
 
@@ -504,7 +504,7 @@ class CrossEntropy(torch.autograd.Function):
         y, weight, bias, target, norm = ctx.saved_tensors
         y_grad, w_grad, b_grad = [], torch.zeros_like(weight, dtype=torch.float32), 0
         for y_n, aim, z, g in zip(*(a.split(ctx.n) for a in (y, target, norm, grad))):
-            x = logits(y_n, weight, bias, ctx.cap)
+            x = logits(y_n, weight, bias, ctx.cap) if ctx.kept is None else ctx.kept.clone()
             p = (x - z[:, None]).exp_()             # softmax minus target, times the cap's slope
             one = torch.ones_like(z)[:, None]
             p.sub_(aim) if aim.ndim > 1 else p.scatter_add_(1, aim[:, None], -one)

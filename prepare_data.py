@@ -176,7 +176,8 @@ def load_texts(complaint, cache, **how):
         logging.disable()               # of the hub's client: it tells of each of its retries
         table = datasets.load_dataset(**how, cache_dir=str(cache), split='all')
     except Exception as e:              # the library and the hub's client raise dozens of kinds
-        fail(f'{complaint} ({type(e).__name__})')
+        fail('this needs a package more; run: pip install datasets' if isinstance(e, ImportError)
+             else f'{complaint} ({type(e).__name__})')
     columns = {name for name, kind in table.features.items()
                if getattr(kind, 'dtype', '') in ('string', 'large_string')}
     for a, b in ('src', 'trg'), ('question1', 'question2'):

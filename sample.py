@@ -29,7 +29,7 @@ class Options:
     sampler: str = ''           # flm teachers: euler | ab2 | bridge; diffuseq: ancestral | ddim
     clamp: bool = False         # diffuseq: every guess goes to the nearest embedding
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
-    temperature: float = 1.0    # of every prediction; a flow's falls to it from 1 along tau
+    temperature: float = 1.0    # of predictions; a flow's falls from 1, of its first call, to it
     top_p: float = 1.0          # keep the most likely tokens of this total probability
     prompt: str = ''            # text to begin with
     infill: str = ''            # text with holes, one _ per token
@@ -67,11 +67,11 @@ def known_row(meta, enc, o, source):
     return torch.tensor([ids + [-1] * (L - len(ids))])
 
 def write(model, given, nfe, seed, **how):
-    """The model's rows for given (B, L), 256 at a time: ((B, L) on the CPU, seconds)."""
+    """The model's rows for given (B, L), to 256 at a time: ((B, L) on the CPU, seconds)."""
     device = next(model.parameters()).device
     rng, rows, start = generator(device, seed, 2), [], time.perf_counter()
     with autocast(device):
-        for part in given.split(256):
+        for part in given.split(max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))):
             rows.append(write_rows(model, part.to(device), nfe, rng, **how).cpu())
     return torch.cat(rows), time.perf_counter() - start
 
@@ -167,7 +167,7 @@ def check(o, meta, config):
         if not low <= getattr(o, name) <= high:
             fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
     if o.sampler and o.sampler not in SAMPLERS.get(config.model, [])[:1 if config.two_time else 3]:
-        fail(f'--sampler {o.sampler}: flows have euler, teachers ab2 and bridge too; diffuseq ddim')
+        fail(f'--sampler {o.sampler}: flows euler; teachers ab2, bridge; diffuseq ancestral, ddim')
     if ((o.temperature, o.top_p) != (1, 1) if config.model == 'diffuseq' else o.clamp) or (
             o.gamma and config.model != 'flm') or o.film and not o.compare:
         fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all but '

@@ -1,4 +1,4 @@
-"""Train a teacher, which writes in 64 network calls or more, for distill.py to turn into one.
+"""Train a teacher, which writes in tens of network calls, for distill.py to turn into one.
 
     python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
     python train_teacher.py --data data/dates --model diffuseq --code 8     # or mdlm, or ar
@@ -25,7 +25,7 @@ from prepare_data import fail, parse
 @dataclass
 class Options:
     data: str = 'data/pydocs'   # folder made by prepare_data.py
-    out: str = ''               # folder to write to; default out/<data>[-diffuseq]/teacher
+    out: str = ''               # folder to write to; default out/<data>[-<model>]/teacher
     model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion) | mdlm | ar
     iters: int = 1200           # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together

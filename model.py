@@ -495,16 +495,16 @@ class CrossEntropy(torch.autograd.Function):
             x = logits(y_n, weight, bias, cap)
             norm.append(x.logsumexp(-1))
             right.append(x.gather(1, aim[:, None])[:, 0] if aim.ndim == 1 else (x * aim).sum(-1))
-        ctx.kept = x if ctx.n == len(y) else None
-        ctx.save_for_backward(y, weight, bias, target, norm := torch.cat(norm))
+        norm, kept = torch.cat(norm), x if ctx.n == len(y) else None
+        ctx.save_for_backward(y, weight, bias, target, norm, kept)
         return norm - torch.cat(right)
 
     @staticmethod
     def backward(ctx, grad):
-        y, weight, bias, target, norm = ctx.saved_tensors
+        y, weight, bias, target, norm, kept = ctx.saved_tensors
         y_grad, w_grad, b_grad = [], torch.zeros_like(weight, dtype=torch.float32), 0
         for y_n, aim, z, g in zip(*(a.split(ctx.n) for a in (y, target, norm, grad))):
-            x = logits(y_n, weight, bias, ctx.cap) if ctx.kept is None else ctx.kept.clone()
+            x = logits(y_n, weight, bias, ctx.cap) if kept is None else kept.clone()
             p = (x - z[:, None]).exp_()             # softmax minus target, times the cap's slope
             one = torch.ones_like(z)[:, None]
             p.sub_(aim) if aim.ndim > 1 else p.scatter_add_(1, aim[:, None], -one)

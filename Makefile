@@ -1,6 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (80 minutes), long (65), ablations (60), axes (45),
-# samplers (9), dates (40), dates-diffuseq (16), speed (30), weights.
+# What the README reports, made anew: make frontier (80 minutes), long (65), ablations (75), axes (45),
+# samplers (9), dates (40), dates-diffuseq (16), speed (50), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -38,10 +38,13 @@ ablations: data/pydocs
 	done
 	$(PY) train_teacher.py --code 4 --iters 4800 --out out/long-4/teacher
 	$(PY) distill.py out/long-4/teacher --iters 900
+	$(PY) distill.py out/long/flm/teacher --iters 900 --bigrams 0 --out out/long/flm/alone
 	$(PY) distill.py out/0/flm/teacher --temperature 1 --out out/0/flm/warm
 	$(PY) distill.py out/0/flm/teacher --balance 0 --out out/0/flm/unbalanced
+	$(PY) distill.py out/0/flm/teacher --bigrams 0 --out out/0/flm/alone
 	$(PY) distill.py out/0/flm/teacher --method lagrangian --iters 330 --out out/0/flm/lagrangian
-	$(PY) bench.py quality out/0/flm/student out/0/flm/warm out/0/flm/unbalanced out/0/flm/lagrangian \
+	$(PY) bench.py quality out/0/flm/student out/0/flm/warm out/0/flm/unbalanced out/0/flm/alone \
+	  out/0/flm/lagrangian out/long/flm/alone \
 	  out/code-2/student out/code-4/student out/code-32/student out/long-4/student \
 	  out/0/flm/teacher out/code-2/teacher out/code-4/teacher out/code-32/teacher \
 	  --sampler ab2 --temperature 0.75 --nfe 1 8 --seeds 2 --scorer out/scorer --out assets/ablations.json
@@ -77,12 +80,12 @@ samplers: data/pydocs
 # trains as long as all of these together
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --code 2 --axis 0.7 --iters 2500 --decay 0.9
-	$(PY) distill.py $D/teacher --method lagrangian --temperature 1 --balance 0 --iters 600 --decay 0.9
-	$(PY) distill.py $D/teacher --guide $D/student --temperature 1 --balance 0 --out $D/one-call-1 \
+	$(PY) distill.py $D/teacher --method lagrangian --temperature 1 --balance 0 --bigrams 0 --iters 600 --decay 0.9
+	$(PY) distill.py $D/teacher --guide $D/student --temperature 1 --balance 0 --bigrams 0 --out $D/one-call-1 \
 	  --iters 600 --decay 1
-	$(PY) distill.py $D/teacher --guide $D/one-call-1 --temperature 1 --balance 0 --out $D/one-call-2 \
+	$(PY) distill.py $D/teacher --guide $D/one-call-1 --temperature 1 --balance 0 --bigrams 0 --out $D/one-call-2 \
 	  --iters 800 --decay 1 --lr 1e-3 --muon-lr 0.005
-	$(PY) distill.py $D/teacher --guide $D/one-call-2 --temperature 1 --balance 0 --out $D/one-call \
+	$(PY) distill.py $D/teacher --guide $D/one-call-2 --temperature 1 --balance 0 --bigrams 0 --out $D/one-call \
 	  --iters 700 --decay 1 --lr 1e-3 --muon-lr 0.005
 	$(PY) train_teacher.py --data data/dates --model mdlm --code 32 --iters 8000 --decay 0.9 --out $D/mdlm
 	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D/mdlm --nfe 1 2 4 8 64 --rows 1000 --seeds 2 \
@@ -101,16 +104,22 @@ dates-diffuseq: data/dates
 # of the models that `make frontier` leaves
 speed:
 	for X in '1 50257 256 128' '16 50257 256 128' '16 8192 256 128' '4 8192 256 512' \
-	    '16 1024 256 128' '16 1024 512 128' '64 1024 512 128'; do \
+	    '16 1024 256 128' '16 1024 512 128' '64 1024 512 128' '64 50257 256 128'; do \
 	  set -- $$X && $(PY) bench.py train --rows $$1 --vocab $$2 --width $$3 --length $$4 \
 	    --out assets/train-$$1-$$2-$$3-$$4.json || exit; \
 	done
 	$(PY) bench.py speed out/0/flm/student out/0/flm/teacher out/0/mdlm out/0/ar --nfe 1 8 --batch 1 64 --out assets/speed.json
+	$(PY) bench.py speed out/0/flm/student out/0/flm/alone --nfe 1 --batch 1 64 --out assets/read.json
 
 weights:
 	$(PY) sample.py out/long/flm/student --export assets/pydocs-student.pt
 	$(PY) sample.py out/long/flm/teacher --export assets/pydocs-teacher.pt
+	$(PY) sample.py out/dates/teacher --export assets/dates-teacher.pt
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt
+	# packed they are a tenth smaller, and torch reads them as before
+	cd assets && for W in *.pt; do \
+	  ../$(PY) -m zipfile -e $$W t && (cd t && ../../$(PY) -m zipfile -c ../$$W *) && rm -r t || exit; \
+	done
 	$(PY) sample.py assets/dates-one-call.pt --source 2024-02-29 --compare out/dates/teacher \
 	  --film assets/dates-film.svg
 	cd assets && sha256sum *.pt > SHA256SUMS

@@ -5,9 +5,8 @@
     python bench.py speed out/pydocs/teacher out/pydocs/student --nfe 1 64
     python bench.py train --vocab 50257 --rows 64       # one training step, two formulations
 
-Prints a Markdown table, of several seeds the mean and in brackets half the range; the figures go to
-<out> as JSON, and a picture beside it. Samples are held against one half of the validation text.
-Times are medians after warm-up, beside the least that this machine's own measured rates allow.
+Prints a Markdown table (of seeds the mean, and half the range), writes <out> as JSON and a picture.
+Samples meet half of the validation text. Times are medians, beside what the machine's rates allow.
 """
 import importlib
 import json
@@ -61,17 +60,13 @@ def ngrams(ids, n):
 
 def jensen_shannon(a, b):
     """Jensen-Shannon divergence of two lists of items, in nats: 0 if alike, ln 2 if disjoint."""
-    p, q, total = Counter(a), Counter(b), 0.0
-    for x in p.keys() | q.keys():
-        u, v = p[x] / len(a), q[x] / len(b)
-        total += sum(w / 2 * math.log(2 * w / (u + v)) for w in (u, v) if w)
-    return total
+    p, q = ({x: n / len(y) for x, n in Counter(y).items()} for y in (a, b))
+    both = [(p.get(x, 0), q.get(x, 0)) for x in p.keys() | q.keys()]
+    return sum(w / 2 * math.log(2 * w / (u + v)) for u, v in both for w in (u, v) if w)
 
 def energy_distance(a, b, dim=512):
-    """2 E|x-y| - E|x-x'| - E|y-y'| over rows' bags of 1- and 2-grams, hashed to `dim` counts.
-
-    a, b lists of rows (lists of ids). Unbiased: about 0, even below, for rows of the same law.
-    """
+    """2 E|x-y| - E|x-x'| - E|y-y'| over rows' bags of 1- and 2-grams, hashed to `dim` counts;
+    a, b lists of rows (lists of ids). Unbiased: about 0, even below, for rows of the same law."""
     def bag(row):
         hashes = [sum((v + 1) * m for v, m in zip(gram, (2654435761, 40503))) % dim
                   for gram in ngrams(row, 1) + ngrams(row, 2)]
@@ -195,8 +190,14 @@ def quality(o, paths, device):
                 mixed, rng = other.clone(), np.random.default_rng(0)
                 for row, (_, text) in zip(mixed, split_rows(other, meta)):
                     row[:len(text)] = torch.from_numpy(rng.permutation(text))
-                # same tokens in every row: whatever tells the two apart sees order, not just words
-                for name, x in ('held-out text', other), ('the same, shuffled', mixed):
+                ids, chain = np.array(train_ids[:10 ** 7], np.int64), as_rows(train_ids, L)[:o.rows]
+                order, often = ids.argsort(), np.bincount(ids)
+                for i in range(1, L):           # each drawn from what follows the one before
+                    n, end = (x[chain[:, i - 1]] for x in (often, often.cumsum()))
+                    at = (order[end - 1 - rng.integers(n)] + 1) % len(ids)
+                    chain[:, i] = torch.from_numpy(ids[at])
+                for name, x in (('held-out text', other), ('the same, shuffled', mixed),
+                                ('a chain of bigrams', chain)):
                     lines.append((name, '', [{**health(x, meta, data),
                                               **text_figures(x, meta, real, train, score)}]))
         for nfe in [meta['length']] if model.config.model == 'ar' else map(int, o.nfe):
@@ -273,7 +274,6 @@ def speed(o, paths, device):
             floor = nfe * call_floor(model, rows, flops, bandwidth)
             lines.append((path, nfe, [dict(batch=rows, ms=1000 * took, rows_per_s=rows / took,
                                            floor_ms=1000 * floor, times_floor=took / floor)]))
-            print(f'{path}, nfe {nfe}, {rows} rows: done', flush=True)
     return lines
 
 def dense_loss(model, tokens, given, tau):

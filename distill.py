@@ -5,8 +5,8 @@
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns delta_{s,t}, the text to aim at in one
-straight jump from any time s to any later t; delta_{0,1} turns noise into text. A diffusion's is a
-generator trained by score distillation. Writes <out>/model.pt and <out>/log.jsonl.
+jump from time s to a later t; delta_{0,1} turns noise into text. A diffusion's is a generator
+trained by score distillation. Writes <out>/model.pt and <out>/log.jsonl.
 """
 import copy
 import math
@@ -28,6 +28,7 @@ class Options:
     boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
     temperature: float = 0.75   # flow: of the teacher at tau = 1, to which it falls from 1
     balance: float = 0.2        # flow: power in weighing one call's tokens, see balance; 0: none
+    bigrams: float = 0.5        # flow: weight of the data's pairs of neighbours in a call's text
     guide: str = ''             # a frozen student: a copy learns its jump and a look in one call
     noises: int = 3             # --guide: noises per row, of which the hardest is learnt
     loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
@@ -81,13 +82,11 @@ def semigroup_weight(student, *taus):
 @torch.no_grad()
 def flow_map_target(student, teacher, h, given, s, t, method, leg):
     """What delta_{s,t}(h) should be, from two shorter legs s -> u -> t: (B, L, V), rows sum to 1.
-
     lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
     eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
     semigroup   u in the middle, both legs by the student
     One formula for the three (see semigroup_weight), no derivative, and always in the simplex."""
-    share = {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method]
-    u = s + share * (t - s)
+    u = s + {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method] * (t - s)
     first = teacher(h, given, s) if method == 'eulerian' else student.predict(h, given, s, u)
     first = first.softmax(-1)
     h_u = student.jump(h, first, given, s, u)
@@ -139,8 +138,7 @@ def score_gap(x, real, fake, alpha=1.0, loss='sid'):
     x_t. Where both guess the same, at all noise levels, the student writes as the data do.
     sid  (1 - alpha) |real - fake|^2 + (real - fake).(fake - x), arXiv:2404.04057, with gradient
          through all three. Its mean is (1 - alpha) E|real - fake|^2: no progress meter.
-    dmd  the gradient fake - real on x alone, arXiv:2311.18828
-    """
+    dmd  the gradient fake - real on x alone, arXiv:2311.18828"""
     if loss == 'dmd':
         return ((fake - real).detach() * x).mean(-1)
     gap = real - fake
@@ -155,11 +153,8 @@ class Fake(torch.nn.Module):
         # embeddings and rounding stay the teacher's
         self.model.net.embed.requires_grad_(False), self.model.bias.requires_grad_(False)
         self.critic = torch.nn.Linear(teacher.config.width, 1)      # real or generated?
-        blocks = self.model.net.blocks
-        blocks[(len(blocks) - 1) // 2].register_forward_hook(self.keep)
-
-    def keep(self, block, inputs, y):
-        self.middle = y
+        middle = self.model.net.blocks[(teacher.config.layers - 1) // 2]
+        middle.register_forward_hook(lambda block, inputs, y: setattr(self, 'middle', y))
 
     def forward(self, x_t, given, t):
         """The clean x it sees in x_t (B, L, C), and per row the logit of "real" (B,)."""
@@ -193,8 +188,7 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
         # rows far from what the teacher sees would drown the others
         weight = 1 / row_mean((x - real).detach().abs().mean(-1), given).clamp(min=1e-5)
         loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
-        if o.adversarial:
-            loss = loss + o.adversarial * F.softplus(-logit).mean()
+        loss = loss + o.adversarial * F.softplus(-logit).mean()
         return loss, {'gap': gap.mean(), 'fake_error': row_mean(
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses
@@ -217,11 +211,10 @@ def hardest(student, given, n, rng):
 
 def settle(student, guide, teacher, o):
     """The loss of a copy of the guide: one call is to do what guide and teacher do in several.
-
     A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: the guide's text is
-    noised to t = 0.5, 0.65, 0.8, for three looks. Where a noise lies between two texts a student
-    that learns from itself goes on mixing them; the guide does not move, so that the one it prefers
-    can be learnt. Far from all ties nothing is open: hence the hardest of n."""
+    noised to t = 0.5, 0.65, 0.8, for three looks. Between two texts a student that learns from
+    itself goes on mixing; the guide does not move, so the one it prefers can be learnt. Far from
+    such ties nothing is open: hence the hardest of n."""
     def losses(tokens, given, rng):
         h = hardest(student, given, o.noises, rng)
         s = torch.zeros_like(h[:, 0, 0])
@@ -239,14 +232,20 @@ def settle(student, guide, teacher, o):
     return losses
 
 # ---- The script ----
-def balance(student, ids, meta, power):
+def count(ids, V, weight):
+    """How often each token comes (V,), all neighbours a b as a V + b, rising, and weight * log(how
+    many times as often as by chance); the first of both is for all others."""
+    ids = torch.from_numpy(ids[:10 ** 7].astype('int64'))
+    often = torch.bincount(ids, minlength=V) / len(ids)
+    pairs, times = (ids[:-1] * V + ids[1:]).unique(return_counts=True)
+    links = (times / len(ids) / often[pairs // V] / often[pairs % V]).log().clamp(-5, 5)
+    return often, F.pad(pairs, (1, 0), value=-1), weight * F.pad(links, (1, 0), value=-5.0)
+
+def balance(student, often, known, power, rounds):
     """Weigh tokens, in student.rare, so that one call writes each about as often as the data do:
-    p is divided by a power of the frequency, then corrected by what is written, eight times."""
-    often = torch.bincount(torch.from_numpy(ids[:10 ** 7].astype('int64')), minlength=meta['vocab'])
-    often = often / often.sum()
+    p is divided by a power of the frequency, then corrected by what is written in each round."""
     student.rare.copy_((often + 1e-5) ** -power)
-    for i in range(8 if power else 0):
-        known = get_batch(ids, meta, 512, 0.0, generator('cpu', i), torch.device('cpu'))[1]
+    for i in range(rounds if power else 0):
         text = write(student, known, 1, i)[0].flatten()
         ratio = (1 + often * len(text)) / (1 + torch.bincount(text, minlength=len(often)))
         student.rare *= ratio.clamp(1 / 3, 3).pow(0.3).to(student.rare)
@@ -256,9 +255,9 @@ def main(o):
     if o.method not in methods or o.loss not in ('sid', 'dmd'):
         fail(f'--method {o.method}: use {", ".join(methods)}; --loss {o.loss}: sid or dmd')
     if (not 0.01 <= o.temperature <= 100 or not 1 <= o.noises <= 1000 >= o.rollout
-            or max(o.leg, o.diagonal, o.boundary, o.balance) > 1):
+            or max(o.leg, o.diagonal, o.boundary, o.balance, o.bigrams) > 1):
         fail('--temperature: from 0.01 to 100; --noises: from 1 to 1000; --rollout: to 1000; '
-             '--leg, --diagonal, --boundary, --balance: to 1')
+             '--leg, --diagonal, --boundary, --balance, --bigrams: to 1')
     rank, world, device, told = join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
@@ -273,13 +272,15 @@ def main(o):
     torch.manual_seed(o.seed)
     flow, others = teacher.config.model == 'flm', {}
     guide = load(o.guide, device)[0].requires_grad_(False) if o.guide else None
-    if guide and not (is_student(guide.config) and
-                      torch.equal(guide.net.embed, teacher.net.embed)):
+    if guide and not (is_student(guide.config) and guide.net.embed.equal(teacher.net.embed)):
         fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
+    often, pairs, links = count(train, meta['vocab'], o.bigrams)
     one = dict(two_time=True) if flow else dict(start=START, row_noise=o.row_noise)
-    student = build(guide.config if guide else replace(teacher.config, dropout=0, **one)).to(device)
+    config = guide.config if guide else replace(teacher.config, dropout=0, **one)
+    student = build(replace(config, bigrams=len(pairs) * (flow and o.bigrams > 0))).to(device)
     # a flow map's second time starts at zero, so that every student starts as its teacher
-    student.load_state_dict({**student.state_dict(), **(guide or teacher).state_dict()})
+    old = {**(guide or teacher).state_dict(), 'pairs': pairs, 'links': links}
+    student.load_state_dict({name: old.get(name, x) for name, x in student.state_dict().items()})
     teacher.requires_grad_(False)
     # the embedding spans the space both networks read and write: shared, so never trained
     for name, p in student.named_parameters():
@@ -292,8 +293,7 @@ def main(o):
         fake = others['fake'] = Fake(teacher).to(device)
         if o.parts != world:
             fail('--parts: score distillation takes as many as there are processes; leave it out')
-        opts = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=o.score_lr,
-                                 betas=(0.0, 0.999)) for m in (student, fake)]
+        opts = [torch.optim.Adam(m.parameters(), o.score_lr, (0.0, 0.999)) for m in (student, fake)]
         losses = score_distillation(student, teacher, fake, opts[1], o, device)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     kept = restore(out, student, ema, opts, **others) if o.resume else {}
@@ -315,7 +315,7 @@ def main(o):
             sums.clear()
         if due or stop:
             if flow:        # from nothing but what is saved with it: a resumed run ends alike
-                balance(ema, train, meta, o.balance)
+                balance(ema, often, known.repeat(3, 1), o.balance, 24 if stop else 8)
             for nfe in (4, 2, 1):
                 one = health(write(ema, known, nfe, 1)[0], meta, data)
                 log(it, nfe=nfe, **one)

@@ -9,8 +9,8 @@ Conventions, used everywhere in this repository:
 The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
 each of the L positions. The network's first layer is linear, so all it sees of x_t is h = x_t E,
 E (V x C) its embedding table, and h alone is kept: noise is drawn as z F with F^T F = E^T E, a
-clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act on h as on x.
-So nothing of size (B, L, V) exists on the input side.
+clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act on h as on x:
+on the input side nothing has the size (B, L, V).
 """
 import io
 import json
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from prepare_data import SPECIAL, fail
 
-FORMAT = 3          # of checkpoints
+FORMAT = 4          # of checkpoints
 CHUNK = {'cuda': 2 ** 27, 'cpu': 2 ** 22}   # logits that exist at a time in a loss, on a device
 
 @dataclass
@@ -46,6 +46,7 @@ class Config:
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
     axis: str = 'measured'      # tau(t): measured | reader | paper | uniform | a number
     two_time: bool = False      # a flow map also knows the time it jumps to
+    bigrams: int = 0            # and so many pairs of neighbours, see OneHotFlow.read
     start: float = 0.0          # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False     # diffuseq: its first noise is one vector for all of a row
     anchor: float = 0.0         # diffuseq: weight of the cross-entropy of the rounded prediction
@@ -55,8 +56,7 @@ def sinusoid(tau, dim=256):
     """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
     # periods from 0.006 to 63, so that both neighbouring times and far ones can be told apart
     freqs = 1000 * 10000 ** (-torch.arange(dim // 2, device=tau.device) / (dim // 2))
-    angles = tau[:, None].float() * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.cat([f(tau[:, None].float() * freqs) for f in (torch.cos, torch.sin)], dim=1)
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): turn channel pairs by angles that grow with position."""
@@ -120,8 +120,7 @@ class Denoiser(nn.Module):
         for p in self.parameters():
             nn.init.normal_(p, std=p.shape[1] ** -0.5) if p.ndim == 2 else nn.init.zeros_(p)
         # as large as the noise beside it: 0.02, as usual, takes hundreds of iterations to be heard
-        nn.init.normal_(self.position)
-        nn.init.normal_(self.known.weight)
+        nn.init.normal_(self.position), nn.init.normal_(self.known.weight)
         # zero: nothing modulated yet, all tokens equally likely, a fresh student like its teacher
         for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
                       *([self.time_to[2]] if c.two_time else [])]:
@@ -129,10 +128,8 @@ class Denoiser(nn.Module):
 
     def forward(self, h, given, tau, tau_to=None, target=None, cache=None, at=0):
         """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32.
-
         With a target, ids (B, L) or p (B, L, V): the cross-entropy at each position (B, L), nats.
-        ar: with a cache (layers, 2, B, heads, length, D/heads), h holds the positions from `at` on.
-        """
+        ar: with a cache (layers, 2, B, heads, length, D/heads), h is of the positions from `at`."""
         known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
         here = slice(at, at + h.shape[1])
         x = self.into(h) + self.position[here] + known                          # (B, L, D)
@@ -146,11 +143,9 @@ class Denoiser(nn.Module):
 
 # ---- Pure functions: the mathematics, testable on toys with known answers; t, s, u broadcast ----
 def right_token(t, K, share=1.0):
-    """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813.
-
+    """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813;
     t (n,) float64 in [0, 1), K the vocabulary size -> (n,). `share` scales t/(1-t), the ratio of
-    signal to noise, for a reader who sees less than x_t.
-    """
+    signal to noise, for a reader who sees less than x_t."""
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(100))
     log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])    # (n, 100)
     return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
@@ -181,6 +176,18 @@ def bridge(x, e, t, s, noise):
     v = (1 - s) ** 2 * (1 - a * t / s)
     return a * x + (s - a * t) * e + v.clamp(min=0).sqrt() * noise
 
+def best_path(score, links):
+    """Viterbi: of k candidates at each position those with the largest sum of scores (B, L, k) and
+    links (B, L-1, k, k) between neighbours: (B, L), 0 to k-1."""
+    best, back = score[:, 0], []
+    for here, link in zip(score[:, 1:].unbind(1), links.unbind(1)):
+        best, before = (best[..., None] + link).max(1)                          # (B, k)
+        best, back = best + here, [before, *back]
+    path = [best.argmax(-1, keepdim=True)]
+    for before in back:
+        path.append(before.gather(1, path[-1]))
+    return torch.cat(path[::-1], 1)
+
 # ---- FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time) ----
 class Model(nn.Module):
     """What the models below have: a Config and a Denoiser."""
@@ -191,13 +198,10 @@ class Model(nn.Module):
 
 class OneHotFlow(Model):
     """The flow of one-hot tokens, seen through E, on one of these time axes:
-
     paper     tau rises as the error of argmax over x_t falls, arXiv:2602.16813
-    reader    the same for who reads h = x_t E. Whitened by its noise covariance E^T E, a token's
-              signal has E_k (E^T E)^-1 E_k^T of its energy, mean C/V: t/(1-t) times sqrt(C/V)
+    reader    the same for who reads h = x_t E, where a token keeps C/V of its signal's energy
     measured  as `reader`, then refit: equal stretches of tau lower the loss by as many nats
-    uniform   tau = t;   a number: a factor on t/(1-t) chosen by hand
-    """
+    uniform   tau = t;   a number: a factor on t/(1-t) chosen by hand"""
 
     def __init__(self, c):
         super().__init__(c)
@@ -209,6 +213,9 @@ class OneHotFlow(Model):
         self.register_buffer('taus', taus.float(), persistent=c.axis == 'measured')
         # a student that is unsure would write frequent tokens too often: these count less
         self.register_buffer('rare', torch.ones(c.vocab), persistent=c.two_time)
+        # of pairs a b of neighbours: a V + b, rising, and how far they seek or shun each other
+        self.register_buffer('pairs', torch.arange(c.bigrams), persistent=c.bigrams > 0)
+        self.register_buffer('links', torch.zeros(c.bigrams), persistent=c.bigrams > 0)
 
     @torch.no_grad()
     def refit(self, tokens, given, seed):
@@ -224,9 +231,6 @@ class OneHotFlow(Model):
 
     def t_of(self, tau):
         return interpolate(tau, self.taus, self.ts)
-
-    def tau_of(self, t):
-        return interpolate(t, self.ts, self.taus)
 
     def noise_factor(self, n):
         """F (k, C) with F^T F = E^T E: z F has the law of eps E for n positions' z ~ N(0, I_k).
@@ -275,9 +279,20 @@ class OneHotFlow(Model):
         s, t = self.t_of(tau_s)[:, None, None], self.t_of(tau_t)[:, None, None]
         return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed.float(), s, t), h)
 
+    def read(self, p, given):
+        """Tokens (B, L) of predictions p (B, L, V): the likeliest at each position, or with bigrams
+        the likeliest row when neighbours count, too: alone, two may take halves of two answers."""
+        score, ids = (p * self.rare).topk(8 if self.config.bigrams else 1)
+        if not self.config.bigrams:
+            return ids[..., 0]
+        ids = torch.where(given[..., None] < 0, ids, given[..., None])          # (B, L, 8)
+        pairs = ids[:, :-1, :, None] * self.config.vocab + ids[:, 1:, None]     # (B, L-1, 8, 8)
+        at = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
+        links = self.links[torch.where(self.pairs[at] == pairs, at, 0)]         # 0: never seen
+        return ids.gather(-1, best_path(score.log(), links)[..., None])[..., 0]
+
     def calls(self, given, nfe, rng, choose, sampler='euler', gamma=0.0):
         """Yield what each network call would write; choose(logits) -> p, both (B, L, V).
-
         sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (not at nfe 1)"""
         factor, last = self.noise_factor(given.numel()), None
@@ -287,9 +302,10 @@ class OneHotFlow(Model):
             # gamma: land nearer the data, at r, so that scaling by t/r leaves room for fresh noise:
             # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
             r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
-            now, to = (x.expand(len(given)) for x in (now, self.tau_of(r) if gamma else then))
+            to = interpolate(r, self.ts, self.taus) if gamma else then
+            now, to = (x.expand(len(given)) for x in (now, to))
             p = choose(self.predict(h, given, now, to if self.config.two_time else None), now[0])
-            tokens = draw(p, rng) if sampler == 'bridge' else (p * self.rare).argmax(-1)
+            tokens = draw(p, rng) if sampler == 'bridge' else self.read(p, given)
             yield tokens
             if sampler == 'bridge':
                 e, s = self.net.embed[tokens].float(), self.t_of(now)[:, None, None]
@@ -303,10 +319,8 @@ class OneHotFlow(Model):
 
 # ---- DiffuSeq and DLM-One: diffusion of embeddings and its one-call generator ----
 def noise_level(t):
-    """a(t), s(t) of x_t = a x + s eps, a^2 + s^2 = 1: the square-root schedule of DiffuSeq.
-
-    With T = 2000 published steps, index i is t = 1 - (i+1)/T (arXiv:2210.08933). Any shape of t.
-    """
+    """a(t), s(t) of x_t = a x + s eps, a^2 + s^2 = 1: the square-root schedule of DiffuSeq, whose
+    index i of T = 2000 is t = 1 - (i+1)/T (arXiv:2210.08933). Any shape of t."""
     # 2e-7: pure noise stays finite as s/a, the published table's last entry
     keep = ((1 - (1 - t + 1e-4).sqrt()) / 0.99).clamp(2e-7, 1)
     return keep.sqrt(), (1 - keep).sqrt()
@@ -357,9 +371,7 @@ class EmbeddingDiffusion(Model):
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
         loss = error + self.round(x, tokens).mean(1)
-        if self.config.anchor:
-            loss = loss + self.config.anchor * row_mean(self.round(guess, tokens), given)
-        return loss
+        return loss + self.config.anchor * row_mean(self.round(guess, tokens), given)
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
@@ -372,16 +384,12 @@ class EmbeddingDiffusion(Model):
         """The one-call generator: x (B, L, C), with gradient."""
         return self.predict(x_t, given, torch.full_like(x_t[:, 0, 0], self.config.start))
 
-    def calls(self, given, nfe, rng, choose, sampler='ancestral', clamp=False):
-        """As a flow's calls; sampler: ancestral | ddim, right for any stride; clamp: a guess goes
-        to the nearest embedding before it is used."""
-        E = self.net.embed.float()
+    def calls(self, given, nfe, rng, choose, sampler='ancestral'):
+        """As a flow's calls; sampler: ancestral | ddim, right for any stride."""
         x_t = clean = self.begin(given, rng)
-        for t, s in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=E.device)):
+        for t, s in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=x_t.device)):
             x = self.predict(x_t, given, t.expand(len(given)))
             yield choose(self.round(x)).argmax(-1)
-            if clamp:
-                x = E[(x @ E.T - E.square().sum(-1) / 2).argmax(-1)]
             x_t = (ddim(x_t, x, t, s) if sampler == 'ddim' else
                    ancestral(x_t, x, t, s, self.noise(clean, rng)))
             x_t = torch.where(given[..., None] < 0, x_t, clean)
@@ -439,13 +447,13 @@ def build(config):
             'ar': Autoregressive}[config.model](config)
 
 @torch.no_grad()
-def write_rows(model, given, nfe, rng=None, temperature=1.0, top_p=1.0, watch=lambda *_: 0, **how):
+def write_rows(model, given, nfe, rng=None, temperature=1.0, watch=lambda *_: 0, **how):
     """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
-    temperature (see cool), top_p act on predictions; watch(i, tokens) sees what a call writes."""
+    temperature: see cool; watch(i, tokens) sees what a call writes."""
     def choose(logits, tau=1):
         logits = cool(logits, tau, temperature)
         logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
-        return logits.softmax(-1) if top_p >= 1 else nucleus(logits.softmax(-1), top_p)
+        return logits.softmax(-1)
     nfe = given.shape[1] if model.config.model == 'ar' else nfe
     # in this order zip does not ask for a state after the last call
     for i, tokens in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
@@ -465,13 +473,6 @@ def cool(logits, tau, temperature):
     """Logits at a temperature that a flow comes to from 1 along tau; others are at tau = 1."""
     return logits / (1 + (temperature - 1) * tau)       # early guesses, means of many texts, stay
 
-def nucleus(p, top_p):
-    """Keep the most likely tokens of total probability top_p: (..., V) -> (..., V)."""
-    sorted_p, order = p.sort(dim=-1, descending=True)
-    sorted_p = sorted_p * (sorted_p.cumsum(-1) - sorted_p < top_p)
-    p = torch.zeros_like(p).scatter(-1, order, sorted_p)
-    return p / p.sum(-1, keepdim=True)
-
 def draw(p, rng=None):
     """One token per position: (B, L, V) -> (B, L)."""
     return torch.multinomial(p.flatten(0, 1), 1, generator=rng).view(p.shape[:-1])
@@ -482,9 +483,8 @@ def logits(y, weight, bias, cap):
     return x.div_(cap).tanh_() * cap if cap else x
 
 class CrossEntropy(torch.autograd.Function):
-    """Logits of y (n, D) against ids (n,) or p (n, V): (n,), nats, in fp32.
-
-    A CHUNK of logits at a time, and once more for the gradients; two are kept. No large (n, V)."""
+    """Logits of y (n, D) against ids (n,) or p (n, V): (n,), nats, in fp32; a CHUNK of
+    logits at a time, and once more for the gradients; two are kept. No large (n, V)."""
 
     @staticmethod
     def forward(ctx, y, weight, bias, cap, target):
@@ -506,8 +506,7 @@ class CrossEntropy(torch.autograd.Function):
         for y_n, aim, z, g in zip(*(a.split(ctx.n) for a in (y, target, norm, grad))):
             x = logits(y_n, weight, bias, ctx.cap) if kept is None else kept.clone()
             p = (x - z[:, None]).exp_()             # softmax minus target, times the cap's slope
-            one = torch.ones_like(z)[:, None]
-            p.sub_(aim) if aim.ndim > 1 else p.scatter_add_(1, aim[:, None], -one)
+            p.sub_(aim) if aim.ndim > 1 else p.scatter_(1, aim[:, None], -1, reduce='add')
             p *= g[:, None]
             if ctx.cap:
                 p.addcmul_(p, x.div_(ctx.cap).square_(), value=-1)

@@ -27,10 +27,8 @@ class Options:
     mbr: int = 0                # for each source: write the one of so many rows most like the rest
     seed: int = 0               # of the noise
     sampler: str = ''           # flm teachers: euler | ab2 | bridge; diffuseq: ancestral | ddim
-    clamp: bool = False         # diffuseq: every guess goes to the nearest embedding
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
     temperature: float = 1.0    # of predictions; a flow's falls from 1, of its first call, to it
-    top_p: float = 1.0          # keep the most likely tokens of this total probability
     prompt: str = ''            # text to begin with
     infill: str = ''            # text with holes, one _ per token
     source: str = ''            # for models of pairs: the source; without it, lines on stdin
@@ -163,15 +161,14 @@ def animate(nfe, meta, enc):
 SAMPLERS = {'flm': ['euler', 'ab2', 'bridge'], 'diffuseq': ['ancestral', 'ddim']}
 def check(o, meta, config):
     for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('mbr', 0, 10 ** 4),
-                            ('temperature', 0.01, 100), ('top_p', 0.001, 1), ('gamma', 0, 1)):
+                            ('temperature', 0.01, 100), ('gamma', 0, 1)):
         if not low <= getattr(o, name) <= high:
             fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
     if o.sampler and o.sampler not in SAMPLERS.get(config.model, [])[:1 if config.two_time else 3]:
         fail(f'--sampler {o.sampler}: flows euler; teachers ab2, bridge; diffuseq ancestral, ddim')
-    if ((o.temperature, o.top_p) != (1, 1) if config.model == 'diffuseq' else o.clamp) or (
-            o.gamma and config.model != 'flm') or o.film and not o.compare:
-        fail('--gamma is for flows, --clamp for diffusions, --temperature and --top-p for all but '
-             'these, --film for --compare')
+    if (o.temperature != 1 and config.model == 'diffuseq' or o.gamma and config.model != 'flm'
+            or o.film and not o.compare):
+        fail('--gamma is for flows, --temperature for all but diffusions, --film for --compare')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')
@@ -204,8 +201,7 @@ def main(o):
             fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
         return compare(model, teacher, meta, enc, given, o, data)
     how = dict(watch=animate(o.nfe, meta, enc)) if o.watch and sys.stdout.isatty() else {}
-    options = 'sampler', 'clamp', 'gamma', 'temperature', 'top_p'
-    how |= {name: value for name in options if (value := getattr(o, name))}
+    how |= {k: x for k in ('sampler', 'gamma', 'temperature') if (x := getattr(o, k))}
     rows, seconds = write(model, given, o.nfe, o.seed, **how)
     texts = to_texts(rows, meta, enc)
     if o.mbr:

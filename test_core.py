@@ -45,8 +45,7 @@ def tiny(vocab=12, length=6, seed=0, **more):       # a small model; its head is
 def run(script, **options):
     script.main(script.Options(**options))
 
-@pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (65, (.179, .702, .832)),
-                                      (4096, (.547, .784, .859)), (50257, (.646, .809, .870))])
+@pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (50257, (.646, .809, .870))])
 def test_spot_values_of_the_papers_time_axis_and_schedule(K, spots):
     ts, taus = time_axis(K)
     for tau, t in zip((.01, .5, .99), spots):
@@ -65,9 +64,6 @@ def test_dense_equals_projected_on_the_same_noise():
     projected = jump(z @ model.noise_factor(99), E[tokens], torch.tensor(0.), torch.tensor(t))
     x = (1 - t) * eps + t * onehot
     assert torch.allclose(x @ E, projected, atol=1e-4)
-    # an Euler step taken in R^V and then projected is the step taken on h
-    p, s, u = torch.rand(B, L, 80).softmax(-1), torch.tensor(t), torch.tensor(.6)
-    assert torch.allclose(jump(x, p, s, u) @ E, jump(projected, p @ E, s, u), atol=1e-4)
 
 # ---- Flow map, on a flow whose denoiser is known: one position, K tokens of prior pi ----
 def exact_denoiser(x, t):       # D_t(x)_k ~ pi_k exp(t x_k / (1-t)^2): Bayes, x = (1-t) eps + t e_k
@@ -85,7 +81,6 @@ def exact_delta(x, s, t):
 
 class ExactNet:
     """Stands in for both networks of a distillation; h is x itself (E = identity), tau is t."""
-
     def __call__(self, h, given, tau, tau_to=None):
         rows = [exact_denoiser(x, s) if tau_to is None else exact_delta(x, s, r)
                 for x, s, r in zip(h, tau, tau if tau_to is None else tau_to)]
@@ -108,11 +103,22 @@ def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, toler
         assert torch.allclose(rolled, want, atol=.01)
 
 def test_balance_lets_one_call_write_tokens_as_often_as_the_data():
-    model, meta = tiny(two_time=True), dict(length=6, kind='rows', pairs=False, vocab=12)
+    model, nothing = tiny(two_time=True), torch.full((2000, 6), -1)
     model.net.head.bias.data[3] += 2
     for power, low, high in (0, .4, 1), (.2, .08, .14):
-        distill.balance(model, np.arange(6000) % 10, meta, power)
-        assert low < (write_rows(model, torch.full((2000, 6), -1), 1) == 3).float().mean() < high
+        distill.balance(model, distill.count(np.arange(6000) % 10, 12, 1)[0], nothing, power, 8)
+        assert low < (write_rows(model, nothing, 1) == 3).float().mean() < high
+
+def test_a_row_is_read_with_its_neighbours():
+    often, pairs, links = distill.count(np.array([0, 1, 0, 1, 0, 2]), 8, .5)
+    assert (often[:3] * 6).round().tolist() == [3, 2, 1] and pairs.tolist() == [-1, 1, 2, 8]
+    assert torch.allclose(links, torch.tensor([-5, *[math.log(2)] * 3]) / 2)
+    model, p, given = tiny(8, 4, bigrams=4), torch.rand(1, 4, 8), torch.tensor([[-1, -1, 2, -1]])
+    model.pairs, model.links = pairs, 3 * torch.randn(4)
+    rows = torch.cartesian_prod(*[torch.arange(8)] * 2, torch.tensor([2]), torch.arange(8))
+    at = (pairs == (8 * rows[:, :-1] + rows[:, 1:])[..., None]).int().argmax(-1)    # 0: unseen
+    score = p[0, torch.arange(4), rows].log()[:, [0, 1, 3]].sum(1) + model.links[at].sum(1)
+    assert torch.equal(model.read(p, given)[0], rows[score.argmax()])
 
 def test_bridge_mean_and_variance():
     t, s, x_t = torch.tensor(.3), torch.tensor(.7), .7 * torch.randn(400_000) + .3      # e = 1
@@ -126,7 +132,6 @@ def test_measured_axis_lets_tau_rise_as_the_loss_falls():
     model.loss = lambda tokens, given, tau, rng: 1 - tau ** 2
     model.refit(torch.full((2, 6), -1), None, seed=0)
     assert torch.allclose(model.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
-    assert (model.taus.diff() > 0).all() and model.taus[0] == 0 and model.taus[-1] == 1
 
 def test_loss_and_its_gradient_against_brute_force(monkeypatch):
     model = tiny(vocab=5, length=4)
@@ -136,13 +141,11 @@ def test_loss_and_its_gradient_against_brute_force(monkeypatch):
     h = model.corrupt(tokens, given, tau, torch.Generator().manual_seed(0))
     dense = model.predict(h, given, tau).log_softmax(-1)
     onehot = torch.nn.functional.one_hot(tokens, 5).float()
-    for b, positions in enumerate(([2, 3], [0, 1, 2, 3])):
-        brute = -sum(dense[b, i, tokens[b, i]].item() for i in positions) / len(positions)
-        assert abs(loss[b].item() - brute) < 1e-5
+    brute = -(onehot * dense).sum(-1)
+    assert torch.allclose(loss, torch.stack([brute[0, 2:].mean(), brute[1].mean()]), atol=1e-5)
     monkeypatch.setattr('model.CHUNK', {'cpu': 5 * 3})      # three positions at a time
     nats = [model.predict(h, given, tau, target=x) for x in (tokens, onehot)]
-    grads = [torch.autograd.grad(x.sum(), model.net.head.weight)[0]
-             for x in (-(onehot * dense).sum(-1), *nats)]
+    grads = [torch.autograd.grad(x.sum(), model.net.head.weight)[0] for x in (brute, *nats)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in (nats, grads[:2], grads[1:]))
 
 def test_fresh_student_equals_its_teacher_and_the_average_forgets_its_start():
@@ -197,7 +200,7 @@ def test_score_gap_has_half_the_fisher_gradient_on_a_gaussian():
     assert gradient(x.detach()) > 0 > gradient(x, 'dmd')       # detached it runs away from the data
 
 @pytest.mark.parametrize('kind, how', [
-    *(('flm', {key: x}) for key, x in (('gamma', 0.), ('gamma', .7), ('gamma', 1.), ('top_p', .5),
+    *(('flm', {key: x}) for key, x in (('gamma', 0.), ('gamma', .7), ('gamma', 1.),
         ('temperature', 2.), ('sampler', 'bridge'), ('sampler', 'ab2'))), ('mdlm', {}), ('ar', {}),
     *(('diffuseq', {'sampler': x}) for x in ('ddim', 'ancestral'))])
 def test_given_tokens_come_back_and_special_ids_are_never_written(kind, how):
@@ -229,8 +232,7 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
     known = train_teacher.up_to(bench.as_rows(train, 23).repeat(40, 1), meta, '<sep>')
     before, after = (sample.health(sample.write(load(dozen / x)[0], known, 1, 0)[0], meta)['valid']
                      for x in ('teacher', 'one-call'))
-    # .69 and .97 in trials; not 1, as noise on the border of two texts still gives their mixture
-    assert after >= max(0.95, before + 0.2), (before, after)
+    assert after >= max(0.95, before + 0.2), (before, after)        # .69 and .97 in trials
 
 @pytest.mark.parametrize('script, more', [(train_teacher, dict(data='data', layers=1)),
     (distill, dict(teacher='teacher', method='lagrangian')),
@@ -362,8 +364,6 @@ def test_text_distances_by_hand_and_against_repetition():
     assert np.mean([*map(nats, fooling)]) < np.mean([*map(nats, real)])     # fluent, it seems
     assert sample.entropy_of(fooling[0]) > 0.7 * sample.entropy_of(real[0])     # and healthy
     assert abs(bench.energy_distance(other, real)) < 0.1 < bench.energy_distance(fooling, real)
-    grams = [[g for row in rows for g in bench.ngrams(row, 3)] for rows in (real, other, fooling)]
-    assert bench.jensen_shannon(grams[2], grams[0]) > 2 * bench.jensen_shannon(grams[1], grams[0])
 
 @pytest.fixture
 def call(monkeypatch, capsys):
@@ -426,7 +426,7 @@ def test_snippets_of_the_readme():
         return model.predict(h, given, *(x + torch.zeros(8) for x in at))
     says = dict(torch=torch, B=8, u=.3, tokens=tokens, E=model.net.embed, net=net, student=net,
                 teacher=net, F=model.noise_factor(48), z=torch.randn(8, 6, 32, generator=rng),
-                rare=model.rare.uniform_(), t_of=lambda x: model.t_of(x)[:, None, None],
+                read=lambda p: model.read(p, given), t_of=lambda x: model.t_of(x)[:, None, None],
                 jump=lambda h, p, *at: model.jump(h, p, given, *at),
                 cross_entropy=lambda x, y: cross_entropy(x.mT, y if y.ndim == 2 else y.mT))
     exec(teach, says)

@@ -56,8 +56,9 @@ def known_row(meta, enc, o, source):
             if piece not in spec['tokens']:
                 fail(f'{piece!r} is not in the vocabulary of this model')
     ids = enc.encode_ordinary(source) + [sep] if source else []
-    for part in re.split('(_)', o.infill) if o.infill else [o.prompt]:
-        ids += [-1] if part == '_' else enc.encode_ordinary(part)
+    # a hole takes the space before it along, as tokens do: else the space would be one of its own
+    for part in re.split('( ?_)', o.infill) if o.infill else [o.prompt]:
+        ids += [-1] if part in ('_', ' _') else enc.encode_ordinary(part)
     if len(ids) > L - 1:
         fail(f'{len(ids)} tokens are given, but a row of this model holds {L}; shorten the text')
     if o.infill and meta['kind'] == 'rows':         # nothing comes behind the last given word

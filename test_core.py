@@ -34,7 +34,6 @@ from model import (Config, ancestral, bridge, build, ddim, encoding, interpolate
 
 HERE, DOUBLE = Path(__file__).parent, torch.float64
 README = (HERE / 'README.md').read_text(encoding='utf-8')
-
 def tiny(vocab=12, length=6, seed=0, **more):       # a small model; its head is not zero any more
     torch.manual_seed(seed)
     model = build(Config(vocab, length, layers=2, heads=2, width=32, cond=16, **more))
@@ -324,7 +323,9 @@ def prepared(path, name, **options):    # what prepare_data.py makes: meta, trai
 def test_prepare_text_pairs_and_lm1b_from_a_parquet_file(tmp_path):
     text = 'The cat sat on the mat. The dog sat on the \u00e9\u4e16.\r\n' * 40 + 'x' * 10 ** 7
     (path := tmp_path / 'a.txt').write_text(text, encoding='utf-8')
-    _, train, val, enc = prepared(path, 'toy', tokenizer='bpe:300', length=8, val=0.2)
+    meta, train, val, enc = prepared(path, 'toy', tokenizer='bpe:300', length=8, val=0.2)
+    row = sample.known_row(meta, enc, sample.Options(infill='a _ b'), '')[0]   # one hole, one token
+    assert enc.decode(row[row >= 0].tolist()) == 'a b' and (row[:3] < 0).tolist() == [0, 1, 0]
     assert enc.decode([*train, *val]) == text.replace('\r\n', '\n') + '<eos>'
     assert enc.decode(enc.encode_ordinary('Any bytes: \u2603')) == 'Any bytes: \u2603'
     (path := tmp_path / 'b.jsonl').write_text('\n'.join(
@@ -440,7 +441,6 @@ def test_snippets_of_the_readme():
 
 BUDGET = {'model.py': 600, 'train_teacher.py': 300, 'distill.py': 350, 'sample.py': 220,
           'prepare_data.py': 300, 'bench.py': 350, 'test_core.py': 450, 'README.md': 250}
-
 def test_budgets_and_width():
     for name, limit in BUDGET.items():
         lines = (HERE / name).read_text(encoding='utf-8').split('\n')[:-1]

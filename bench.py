@@ -191,11 +191,10 @@ def quality(o, paths, device):
                 for row, (_, text) in zip(mixed, split_rows(other, meta)):
                     row[:len(text)] = torch.from_numpy(rng.permutation(text))
                 ids, chain = np.array(train_ids[:10 ** 7], np.int64), as_rows(train_ids, L)[:o.rows]
-                order, often = ids.argsort(), np.bincount(ids)
+                often, after = np.bincount(ids), np.roll(ids, -1)[ids.argsort()]
                 for i in range(1, L):           # each drawn from what follows the one before
                     n, end = (x[chain[:, i - 1]] for x in (often, often.cumsum()))
-                    at = (order[end - 1 - rng.integers(n)] + 1) % len(ids)
-                    chain[:, i] = torch.from_numpy(ids[at])
+                    chain[:, i] = torch.from_numpy(after[end - 1 - rng.integers(n)])
                 for name, x in (('held-out text', other), ('the same, shuffled', mixed),
                                 ('a chain of bigrams', chain)):
                     lines.append((name, '', [{**health(x, meta, data),
@@ -274,6 +273,7 @@ def speed(o, paths, device):
             floor = nfe * call_floor(model, rows, flops, bandwidth)
             lines.append((path, nfe, [dict(batch=rows, ms=1000 * took, rows_per_s=rows / took,
                                            floor_ms=1000 * floor, times_floor=took / floor)]))
+            print(f'{path}, nfe {nfe}, {rows} rows: done', flush=True)
     return lines
 
 def dense_loss(model, tokens, given, tau):

@@ -371,7 +371,8 @@ class EmbeddingDiffusion(Model):
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
         loss = error + self.round(x, tokens).mean(1)
-        return loss + self.config.anchor * row_mean(self.round(guess, tokens), given)
+        anchor = self.config.anchor and row_mean(self.round(guess, tokens), given)
+        return loss + self.config.anchor * anchor
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""

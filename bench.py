@@ -50,7 +50,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from model import (Config, build, is_student, load, split_rows, time_axis,  # noqa: E402
                    write_rows, write_whole)
-from sample import SAMPLERS, health, to_texts, write  # noqa: E402
+from sample import SAMPLERS, as_rows, health, to_texts, write  # noqa: E402
 from train_teacher import autocast, load_data, pick_device, up_to  # noqa: E402
 
 # ---- Distances between samples and real text, on token ids; repetition cannot fool them ----
@@ -144,10 +144,6 @@ def pair_figures(texts, targets, per_source):
     return figures
 
 # ---- Quality ----
-def as_rows(ids, L):
-    """Flat ids of a .bin file -> its whole rows (n, L)."""
-    return torch.from_numpy(np.asarray(ids[:len(ids) // L * L], np.int64)).view(-1, L)
-
 def measure(model, meta, data, ids, o, nfe, seed, *compared):
     """All figures of one model at one nfe and seed: a dict."""
     known, each = as_rows(ids, meta['length']), o.per_source if meta['pairs'] else 1
@@ -182,12 +178,14 @@ def quality(o, paths, device):
             meta, train_ids, val = load_data(data)
             real, train, score = [], set(), o.scorer and load_scorer(o.scorer, meta, device)
             if not meta['pairs']:
-                # samples meet one half of the text; the other half shows what real text scores
-                L, half = meta['length'], len(val) // 2 // meta['length'] * meta['length']
-                real = [ids for _, ids in split_rows(as_rows(val[:half], L), meta)]
+                # samples meet one half of the text; the other half shows what real text scores.
+                # neighbouring rows are about the same things, so they are mixed before
+                L, rng = meta['length'], np.random.default_rng(0)
+                held = as_rows(val, L)[rng.permutation(len(val) // L)]
+                real = [ids for _, ids in split_rows(held[:len(held) // 2], meta)]
                 train = {tuple(ids) for _, ids in split_rows(as_rows(train_ids, L), meta)}
-                other = as_rows(val[half:], L)[:o.rows]
-                mixed, rng = other.clone(), np.random.default_rng(0)
+                other = held[len(held) // 2:][:o.rows]
+                mixed = other.clone()
                 for row, (_, text) in zip(mixed, split_rows(other, meta)):
                     row[:len(text)] = torch.from_numpy(rng.permutation(text))
                 ids, chain = np.array(train_ids[:10 ** 7], np.int64), as_rows(train_ids, L)[:o.rows]
@@ -301,7 +299,8 @@ def training_step(o, how, name):
                 1024 * getrusage(RUSAGE_SELF).ru_maxrss)
     before, took = peak(), median_time(work, device)
     return {'rows': o.rows, 'ms': 1000 * took, 'tokens_per_s': tokens.numel() / took,
-            'peak_GB': (peak() - before) / 1e9}
+            'peak_GB': (peak() - before) / 1e9,     # and the share of the machine's rate it uses
+            'mfu': 3 * call_floor(model, o.rows, machine_rates(device)[0], math.inf) / took}
 
 def train_speed(o, _, device):
     """Both formulations of a training step, each in a process of its own for its peak memory."""

@@ -58,7 +58,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from model import build, cool, is_student, load, row_mean, save  # noqa: E402
-from sample import health, write  # noqa: E402
+from sample import as_rows, health, write  # noqa: E402
 from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
                            load_data, optimisers, restore, update)
 
@@ -67,7 +67,7 @@ def time_pairs(B, o, rng, device):
     """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge are to be rolled out.
     Some lie at (0, 1), others at t - s ~ U(0, 1), s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813."""
     n = round(B * o.diagonal)
-    edge = n + max(1, round((B - n) * o.boundary)) if o.boundary else n
+    edge = min(B, n + max(1, round((B - n) * o.boundary))) if o.boundary else n
     u = torch.rand(2, B, generator=rng, device=device)
     s, t = u[1] * (1 - u[0]), u[1] * (1 - u[0]) + u[0]
     s[:n] = t[:n] = (u[0, 0] + torch.arange(n, device=device) / max(1, n)) % 1      # stratified
@@ -121,7 +121,7 @@ def flow_map(student, teacher, o):
             still, roll, between = zip(*(x.split([n, edge - n, len(h) - edge])
                                          for x in (h, given, s, t)))
             target = [D(*still[:3]).softmax(-1)]
-            target += [rollout(student, D, *roll, max(1, o.rollout), steady)] if n < edge else []
+            target += [rollout(student, D, *roll, o.rollout, steady)] if n < edge else []
             if edge < len(h):       # taught by its own legs the student may drift off its teacher
                 target.append(flow_map_target(student, D, *between, o.method, o.leg))
         loss = row_mean(student.predict(h, given, s, t, torch.cat(target)), given)
@@ -188,7 +188,7 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
         # rows far from what the teacher sees would drown the others
         weight = 1 / row_mean((x - real).detach().abs().mean(-1), given).clamp(min=1e-5)
         loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
-        loss = loss + (o.adversarial and o.adversarial * F.softplus(-logit).mean())
+        loss = loss + o.adversarial * F.softplus(-logit).mean()
         return loss, {'gap': gap.mean(), 'fake_error': row_mean(
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses
@@ -232,13 +232,13 @@ def settle(student, guide, teacher, o):
     return losses
 
 # ---- The script ----
-def count(ids, V, weight):
-    """How often each token comes (V,), all neighbours a b as a V + b, rising, and weight * log(how
-    many times as often as by chance); the first of both is for all others."""
-    ids = torch.from_numpy(ids[:10 ** 7].astype('int64'))
-    often = torch.bincount(ids, minlength=V) / len(ids)
-    pairs, times = (ids[:-1] * V + ids[1:]).unique(return_counts=True)
-    links = (times / len(ids) / often[pairs // V] / often[pairs % V]).log().clamp(-5, 5)
+def count(ids, L, V, weight):
+    """How often each token comes (V,), all neighbours a b in rows of L as a V + b, rising, and
+    weight * log(how many times as often as by chance); the first of both is for all others."""
+    rows = as_rows(ids[:10 ** 7], L)
+    often = torch.bincount(rows.flatten(), minlength=V) / rows.numel()
+    pairs, times = (rows[:, :-1] * V + rows[:, 1:]).unique(return_counts=True)
+    links = (times / times.sum() / often[pairs // V] / often[pairs % V]).log().clamp(-5, 5)
     return often, F.pad(pairs, (1, 0), value=-1), weight * F.pad(links, (1, 0), value=-5.0)
 
 def balance(student, often, known, power, rounds):
@@ -254,9 +254,9 @@ def main(o):
     methods = 'rollout', 'lagrangian', 'semigroup', 'eulerian'
     if o.method not in methods or o.loss not in ('sid', 'dmd'):
         fail(f'--method {o.method}: use {", ".join(methods)}; --loss {o.loss}: sid or dmd')
-    if (not 0.01 <= o.temperature <= 100 or not 1 <= o.noises <= 1000 >= o.rollout
-            or max(o.leg, o.diagonal, o.boundary, o.balance, o.bigrams) > 1):
-        fail('--temperature: from 0.01 to 100; --noises: from 1 to 1000; --rollout: to 1000; '
+    if (not (o.method == 'rollout') <= o.rollout <= 1000 >= o.noises >= 1 or o.temperature > 100
+            or o.temperature < .01 or max(o.leg, o.diagonal, o.boundary, o.balance, o.bigrams) > 1):
+        fail('--rollout, --noises: from 1 to 1000; --temperature: from 0.01 to 100; '
              '--leg, --diagonal, --boundary, --balance, --bigrams: to 1')
     rank, world, device, told = join(o)
     teacher, ckpt = load(o.teacher, device)
@@ -274,10 +274,10 @@ def main(o):
     guide = load(o.guide, device)[0].requires_grad_(False) if o.guide else None
     if guide and not (is_student(guide.config) and guide.net.embed.equal(teacher.net.embed)):
         fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
-    often, pairs, links = count(train, meta['vocab'], o.bigrams) if flow else (None, [], None)
+    often, pairs, links = count(train, meta['length'], meta['vocab'], o.bigrams)
     one = dict(two_time=True) if flow else dict(start=START, row_noise=o.row_noise)
     config = guide.config if guide else replace(teacher.config, dropout=0, **one)
-    student = build(replace(config, bigrams=len(pairs) * (o.bigrams > 0))).to(device)
+    student = build(replace(config, bigrams=len(pairs) * (flow and o.bigrams > 0))).to(device)
     # a flow map's second time starts at zero, so that every student starts as its teacher
     old = {**(guide or teacher).state_dict(), 'pairs': pairs, 'links': links}
     student.load_state_dict({name: old.get(name, x) for name, x in student.state_dict().items()})

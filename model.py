@@ -8,7 +8,7 @@ Conventions, used everywhere in this repository:
 
 The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
 each of the L positions. The network's first layer is linear, so all it sees of x_t is h = x_t E,
-E (V x C) its embedding table, and h alone is kept: noise is drawn as z F with F^T F = E^T E, a
+E (V x C) its embedding table, and h alone is kept: noise is drawn as z R with R^T R = E^T E, a
 clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act on h as on x:
 on the input side nothing has the size (B, L, V).
 """
@@ -45,6 +45,7 @@ class Config:
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
     axis: str = 'measured'      # tau(t): measured | reader | paper | uniform | a number
+    squared: bool = False       # a flow's loss: squared error, not cross-entropy
     two_time: bool = False      # a flow map also knows the time it jumps to
     bigrams: int = 0            # and so many pairs of neighbours, see OneHotFlow.read
     start: float = 0.0          # diffuseq: time of the first call; a one-call student's is later
@@ -170,23 +171,21 @@ def jump(x, p, s, t):
     keep = (1 - t) / (1 - s).clamp(min=1e-6)
     return keep * x + (1 - keep) * p
 
-def bridge(x, e, t, s, noise):
-    """Draw x_s, s > t, given x_t and the clean e: N(a x + b e, v I), arXiv:2605.13681."""
-    a = t / s * ((1 - s) / (1 - t)) ** 2
-    v = (1 - s) ** 2 * (1 - a * t / s)
-    return a * x + (s - a * t) * e + v.clamp(min=0).sqrt() * noise
+def bridge(x, e, s, t, noise):
+    """Draw x_t, t > s, given x_s and the clean e: N(a x + b e, v I), arXiv:2605.13681."""
+    a = s / t * ((1 - t) / (1 - s)) ** 2
+    v = (1 - t) ** 2 * (1 - a * s / t)
+    return a * x + (t - a * s) * e + v.clamp(min=0).sqrt() * noise
 
-def best_path(score, links):
-    """Viterbi: of k candidates at each position those with the largest sum of scores (B, L, k) and
-    links (B, L-1, k, k) between neighbours: (B, L), 0 to k-1."""
-    best, back = score[:, 0], []
-    for here, link in zip(score[:, 1:].unbind(1), links.unbind(1)):
-        best, before = (best[..., None] + link).max(1)                          # (B, k)
-        best, back = best + here, [before, *back]
-    path = [best.argmax(-1, keepdim=True)]
-    for before in back:
-        path.append(before.gather(1, path[-1]))
-    return torch.cat(path[::-1], 1)
+def best_row(score, links, sweeps=8):
+    """Of k candidates at each position those of the row with the largest sum of scores (B, L, k)
+    and links (B, L-1, k, k) between neighbours: (B, L), 0 to k-1. Viterbi's answer, for all
+    positions at once: each sweep lets them hear of a neighbour farther; eight are enough."""
+    before = behind = torch.zeros_like(score)                                   # (B, L, k)
+    for _ in range(sweeps):
+        before = F.pad(((score + before)[:, :-1, :, None] + links).amax(2), (0, 0, 1, 0))
+        behind = F.pad(((score + behind)[:, 1:, None] + links).amax(3), (0, 0, 0, 1))
+    return (before + score + behind).argmax(-1)
 
 # ---- FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time) ----
 class Model(nn.Module):
@@ -208,9 +207,9 @@ class OneHotFlow(Model):
         reader = min(1, (c.code or c.width) / c.vocab) ** 0.5
         shares = dict(reader=reader, measured=reader, paper=1, uniform=1)
         ts, taus = time_axis(c.vocab, shares.get(c.axis) or float(c.axis))
-        taus = ts if c.axis == 'uniform' else taus
         self.register_buffer('ts', ts.float(), persistent=False)
-        self.register_buffer('taus', taus.float(), persistent=c.axis == 'measured')
+        taus = (ts if c.axis == 'uniform' else taus).float()
+        self.register_buffer('taus', taus, persistent=c.axis == 'measured')
         # a student that is unsure would write frequent tokens too often: these count less
         self.register_buffer('rare', torch.ones(c.vocab), persistent=c.two_time)
         # of pairs a b of neighbours: a V + b, rising, and how far they seek or shun each other
@@ -233,7 +232,7 @@ class OneHotFlow(Model):
         return interpolate(tau, self.taus, self.ts)
 
     def noise_factor(self, n):
-        """F (k, C) with F^T F = E^T E: z F has the law of eps E for n positions' z ~ N(0, I_k).
+        """R (k, C) with R^T R = E^T E: z R has the law of eps E for n positions' z ~ N(0, I_k).
         One product of V C^2 and one C x C Cholesky, k = C; gradients reach E through it."""
         E = self.net.embed.float()
         if min(n, len(E)) <= E.shape[1]:        # eps itself, k = V, costs less and is as small as E
@@ -267,7 +266,10 @@ class OneHotFlow(Model):
     def loss(self, tokens, given, tau, rng=None):
         """Cross-entropy of the clean tokens, mean over positions not given: (B,), nats."""
         h = self.corrupt(tokens, given, tau, rng)
-        return row_mean(self.predict(h, given, tau, target=tokens), given)
+        if not self.config.squared:
+            return row_mean(self.predict(h, given, tau, target=tokens), given)
+        p = self.predict(h, given, tau).softmax(-1)     # (B, L, V): dense, for comparisons only
+        return row_mean((p - F.one_hot(tokens, p.shape[-1])).square().sum(-1), given)
 
     def begin(self, given, rng=None, factor=None):
         """Pure noise around the given tokens: h (B, L, C)."""
@@ -289,7 +291,7 @@ class OneHotFlow(Model):
         pairs = ids[:, :-1, :, None] * self.config.vocab + ids[:, 1:, None]     # (B, L-1, 8, 8)
         at = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
         links = self.links[torch.where(self.pairs[at] == pairs, at, 0)]         # 0: never seen
-        return ids.gather(-1, best_path(score.log(), links)[..., None])[..., 0]
+        return ids.gather(-1, best_row(score.log(), links)[..., None])[..., 0]
 
     def calls(self, given, nfe, rng, choose, sampler='euler', gamma=0.0):
         """Yield what each network call would write; choose(logits) -> p, both (B, L, V).
@@ -319,28 +321,28 @@ class OneHotFlow(Model):
 
 # ---- DiffuSeq and DLM-One: diffusion of embeddings and its one-call generator ----
 def noise_level(t):
-    """a(t), s(t) of x_t = a x + s eps, a^2 + s^2 = 1: the square-root schedule of DiffuSeq, whose
+    """a(t), b(t) of x_t = a x + b eps, a^2 + b^2 = 1: the square-root schedule of DiffuSeq, whose
     index i of T = 2000 is t = 1 - (i+1)/T (arXiv:2210.08933). Any shape of t."""
-    # 2e-7: pure noise stays finite as s/a, the published table's last entry
+    # 2e-7: pure noise stays finite as b/a, the published table's last entry
     keep = ((1 - (1 - t + 1e-4).sqrt()) / 0.99).clamp(2e-7, 1)
     return keep.sqrt(), (1 - keep).sqrt()
 
-def ancestral(x_t, x, t, s, noise):
-    """Draw x_s, s > t, given x_t and the clean x: the exact posterior for any stride."""
-    (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
-    keep = (a_t / a_s) ** 2                         # of the signal's power on the way from s to t
-    mean = (a_s * (1 - keep) * x + keep.sqrt() * s_s ** 2 * x_t) / s_t ** 2
-    return mean + ((1 - keep) * s_s ** 2 / s_t ** 2).sqrt() * noise
+def ancestral(x_s, x, s, t, noise):
+    """Draw x_t, t > s, given x_s and the clean x: the exact posterior for any stride."""
+    (a_s, b_s), (a_t, b_t) = noise_level(s), noise_level(t)
+    keep = (a_s / a_t) ** 2                         # of the signal's power on the way back to s
+    mean = (a_t * (1 - keep) * x + keep.sqrt() * b_t ** 2 * x_s) / b_s ** 2
+    return mean + ((1 - keep) * b_t ** 2 / b_s ** 2).sqrt() * noise
 
-def ddim(x_t, x, t, s):
-    """Move x_t to time s along the clean x, without fresh noise (arXiv:2010.02502)."""
-    (a_t, s_t), (a_s, s_s) = noise_level(t), noise_level(s)
-    return a_s * x + s_s / s_t * (x_t - a_t * x)
+def ddim(x_s, x, s, t):
+    """Move x_s to a later time t along the clean x, without fresh noise (arXiv:2010.02502)."""
+    (a_s, b_s), (a_t, b_t) = noise_level(s), noise_level(t)
+    return a_t * x + b_t / b_s * (x_s - a_s * x)
 
 class EmbeddingDiffusion(Model):
     """DiffuSeq (arXiv:2210.08933): Gaussian diffusion of embeddings; the network guesses x.
     Given positions keep their embedding at all times. The rounding head is E itself with a bias."""
-    GRAIN = 0.121       # the clean end is a little noisy, x = E[token] + 0.121 n: s at i = 0
+    GRAIN = 0.121       # the clean end is a little noisy, x = E[token] + 0.121 n: b at i = 0
 
     def __init__(self, c):
         super().__init__(c, out=c.code or c.width)
@@ -360,8 +362,8 @@ class EmbeddingDiffusion(Model):
 
     def corrupt(self, x, clean, given, t, rng=None):
         """x_t (B, L, C) of x at times t (B,); given positions hold `clean`, their embeddings."""
-        a, s = noise_level(t[:, None, None])
-        return torch.where(given[..., None] < 0, a * x + s * self.noise(x, rng), clean)
+        a, b = noise_level(t[:, None, None])
+        return torch.where(given[..., None] < 0, a * x + b * self.noise(x, rng), clean)
 
     def loss(self, tokens, given, t, rng=None):
         """Squared error of x, rounding term and anchor term, mean over positions: (B,)."""
@@ -371,15 +373,14 @@ class EmbeddingDiffusion(Model):
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
         loss = error + self.round(x, tokens).mean(1)
-        anchor = self.config.anchor and row_mean(self.round(guess, tokens), given)
-        return loss + self.config.anchor * anchor
+        return loss + self.config.anchor * row_mean(self.round(guess, tokens), given)
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
         clean = self.net.embed[given.clamp(min=0)].float()
-        s = noise_level(torch.tensor(self.config.start))[1]
+        b = noise_level(torch.tensor(self.config.start))[1]
         z = self.noise(clean[:, :1] if self.config.row_noise else clean, rng)
-        return torch.where(given[..., None] < 0, s * z, clean)
+        return torch.where(given[..., None] < 0, b * z, clean)
 
     def generate(self, x_t, given):
         """The one-call generator: x (B, L, C), with gradient."""
@@ -388,11 +389,11 @@ class EmbeddingDiffusion(Model):
     def calls(self, given, nfe, rng, choose, sampler='ancestral'):
         """As a flow's calls; sampler: ancestral | ddim, right for any stride."""
         x_t = clean = self.begin(given, rng)
-        for t, s in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=x_t.device)):
-            x = self.predict(x_t, given, t.expand(len(given)))
+        for s, t in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=x_t.device)):
+            x = self.predict(x_t, given, s.expand(len(given)))
             yield choose(self.round(x)).argmax(-1)
-            x_t = (ddim(x_t, x, t, s) if sampler == 'ddim' else
-                   ancestral(x_t, x, t, s, self.noise(clean, rng)))
+            x_t = (ddim(x_t, x, s, t) if sampler == 'ddim' else
+                   ancestral(x_t, x, s, t, self.noise(clean, rng)))
             x_t = torch.where(given[..., None] < 0, x_t, clean)
 
 # ---- The baselines, on tokens themselves: the same network, all it sees is given ----
@@ -414,13 +415,13 @@ class MaskedDiffusion(Model):
     def calls(self, given, nfe, rng, choose):
         """As a flow's calls: each writes a share of the masks."""
         seen, p = given, None
-        for t, s in pairwise(torch.linspace(0, 1, nfe + 1, device=given.device)):
+        for s, t in pairwise(torch.linspace(0, 1, nfe + 1, device=given.device)):
             if p is None or now.any():          # else nothing was written: the guess stays
                 p = choose(self.predict(seen))
             tokens = draw(p, rng)
             yield torch.where(seen < 0, tokens, seen)
-            # of the masks left at time t a share of (s - t) / (1 - t) goes by time s
-            now = torch.rand(given.shape, generator=rng, device=given.device) < (s - t) / (1 - t)
+            # of the masks left at time s a share of (t - s) / (1 - s) goes by time t
+            now = torch.rand(given.shape, generator=rng, device=given.device) < (t - s) / (1 - s)
             now, seen = now & (seen < 0), torch.where(now & (seen < 0), tokens, seen)
 
 class Autoregressive(MaskedDiffusion):
@@ -489,9 +490,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, weight, bias, cap, target):
-        ctx.cap, norm, right = cap, [], []
         n = max(1, CHUNK.get(y.device.type, 2 ** 22) // len(weight))
-        ctx.n = n if len(y) > 2 * n else len(y)
+        ctx.cap, ctx.n, norm, right = cap, n if len(y) > 2 * n else len(y), [], []
         for y_n, aim in zip(y.split(ctx.n), target.split(ctx.n)):
             x = logits(y_n, weight, bias, cap)
             norm.append(x.logsumexp(-1))

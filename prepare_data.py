@@ -15,7 +15,6 @@ import calendar
 import datetime
 import logging
 import os
-import platform
 import pydoc_data.topics
 import random
 import re
@@ -23,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -36,11 +36,10 @@ SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every t
 class Options:
     name: str = 'pydocs'    # pydocs | dates | lm1b | owt | shakespeare | qqp, or any with --input
     input: tuple = ()       # local .txt, .jsonl (text, or src and trg) or .parquet, plain or .gz
-    tokenizer: str = ''     # gpt2 | bpe:N | byte; default bpe:2048, lm1b and owt gpt2
+    tokenizer: str = ''     # gpt2 | bpe:N | byte | bert:vocab.txt; default bpe:2048, lm1b, owt gpt2
     length: int = 0         # tokens per row; default 32, lm1b 128, owt 1024, dates as needed
     val: float = 0.1        # share held out, at most; of a stream its end, as in the papers
     data: str = 'data'      # folder that receives <name>/
-    seed: int = 0           # of the choice of the rows held out
 
 # ---- The command line of every script; torch is not needed for -h ----
 def fail(message):
@@ -77,7 +76,6 @@ def train_bpe(texts, size):
     bar = '\u0100'                      # between pieces; bytes are the characters 0-255
     words = [bar + bar.join(word.encode().decode('latin-1')) + bar for word in counts]
     times, pairs, where = list(counts.values()), Counter(), defaultdict(set)
-
     def count(i, sign):
         pieces = words[i].split(bar)[1:-1]
         for pair in zip(pieces, pieces[1:]):
@@ -99,22 +97,34 @@ def train_bpe(texts, size):
     return {'name': f'bpe:{len(tokens) + len(SPECIAL)}', 'pattern': WORDS, 'tokens': list(tokens)}
 
 def make_tokenizer(how, texts):
-    """The tokenizer dict for gpt2, byte, bpe:N or dates (words and single digits)."""
+    """The tokenizer dict for gpt2, byte, bpe:N, bert:FILE or dates (words and single digits)."""
     if how == 'dates':
         pieces = {piece for text in texts for piece in re.findall(DATE_TOKENS, text)}
         return {'name': how, 'pattern': DATE_TOKENS, 'tokens': sorted(pieces)}
     if how == 'byte' or re.fullmatch(r'bpe:\d{3,5}', how) and 300 <= int(how[4:]) <= 60000:
         return train_bpe(texts, int(how[4:] if ':' in how else 0))
+    words = Path(how[5:]).read_text('utf-8', 'replace').split() if os.path.isfile(how[5:]) else ()
+    if how[:5] == 'bert:' and 0 < len(words) < 2 ** 16 - len(SPECIAL):
+        # '##ing' goes on with a word, 'the' begins one, here as ' the'; the longest is taken first
+        tokens = dict.fromkeys(x[2:] if x[:2] == '##' else ' ' + x for x in words)
+        return {'name': 'bert', 'tokens': [x.encode().decode('latin-1') for x in tokens],
+                'pattern': '|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))}
     if how != 'gpt2':
-        fail(f'--tokenizer {how}: use gpt2, byte or bpe:N with N from 300 to 60000')
+        fail(f'--tokenizer {how}: use gpt2, byte, bpe:N, N from 300 to 60000, or bert:vocab.txt')
     import tiktoken
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
     except Exception as e:              # tiktoken downloads it once
-        fail(f'the gpt2 tokenizer cannot be fetched ({type(e).__name__}); set TIKTOKEN_CACHE_DIR '
-             'to a filled cache, or use --tokenizer bpe:8192')
+        fail(f'gpt2 cannot be fetched ({type(e).__name__}); fill TIKTOKEN_CACHE_DIR, or use bpe:N')
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
     return {'name': how, 'pattern': gpt2._pat_str, 'tokens': list(tokens)}
+
+def encode(enc, text):
+    """A text's token ids. BERT's know lower case without accents, and punctuation as words."""
+    if enc.name == 'bert':
+        plain = re.sub('[\u0300-\u036f]', '', unicodedata.normalize('NFD', text.lower()))
+        text = ''.join(' ' + x for x in re.findall(r'[^\W_]+|[^\w\s]|_', plain))
+    return enc.encode_ordinary(text)
 
 # ---- dates: the exact yardstick. One source, eight right answers, all samples checkable ----
 DATE_TOKENS = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
@@ -159,14 +169,13 @@ def sentences(texts):
                     and plain >= 0.75 * len(words) and '>>>' not in s):
                 yield s
 
-HUB = {     # where there is parquet, for `datasets` runs no scripts any more
-    'lm1b': dict(path='billion-word-benchmark/lm1b', revision='refs/convert/parquet'),
-    'owt': dict(path='Skylion007/openwebtext'),
-    'shakespeare': dict(path='karpathy/tiny_shakespeare', revision='refs/convert/parquet'),
-    'qqp': dict(path='nyu-mll/glue', name='qqp')}       # questions asked on Quora, in pairs
-
+PARQUET = 'refs/convert/parquet'    # a branch; `datasets` runs no scripts any more
 # as the papers have them: tokenizer, length, documents held out (all of LM1B's test split)
-PAPERS = {'lm1b': ('gpt2', 128, 306_688), 'owt': ('gpt2', 1024, 100_000)}
+HUB = {
+    'lm1b': ('gpt2', 128, 306_688, dict(path='billion-word-benchmark/lm1b', revision=PARQUET)),
+    'owt': ('gpt2', 1024, 100_000, dict(path='Skylion007/openwebtext')),
+    'shakespeare': ('bpe:2048', 32, 0, dict(path='karpathy/tiny_shakespeare', revision=PARQUET)),
+    'qqp': ('bpe:2048', 32, 0, dict(path='nyu-mll/glue', name='qqp'))}      # asked on Quora
 
 def load_texts(complaint, cache, **how):
     """What datasets.load_dataset has, by way of a folder: a table of texts or a list of pairs."""
@@ -178,14 +187,12 @@ def load_texts(complaint, cache, **how):
     except Exception as e:              # the library and the hub's client raise dozens of kinds
         fail('this needs a package more; run: pip install datasets' if isinstance(e, ImportError)
              else f'{complaint} ({type(e).__name__})')
-    columns = {name for name, kind in table.features.items()
-               if getattr(kind, 'dtype', '') in ('string', 'large_string')}
+    columns = {k for k, x in table.features.items() if 'string' in getattr(x, 'dtype', '')}
     for a, b in ('src', 'trg'), ('question1', 'question2'):
         if {a, b} <= columns:           # of Quora's pairs only those labelled as asking the same
-            known = b == 'question2' and 'label' in table.features
-            same = table['label'] if known else [1] * len(table)
-            keep = zip(table[a], table[b], same)
-            return list(dict.fromkeys((x, y) for x, y, ok in keep if ok == 1 and x and y))
+            if b == 'question2' and 'label' in table.features:
+                table = table.filter(lambda same: same == 1, input_columns='label')
+            return list(dict.fromkeys((x, y) for x, y in zip(table[a], table[b]) if x and y))
     if 'text' not in columns:
         fail(f'{complaint} (records need a "text", or "src" and "trg", all strings)')
     return table.select_columns('text')
@@ -215,8 +222,8 @@ def pack_rows(enc, items, length):
     rows = []
     for item in items:
         source, text = item if isinstance(item, tuple) else (None, item)
-        given = [] if source is None else enc.encode_ordinary(source) + [sep]
-        rows.append((given, enc.encode_ordinary(text) + [eos]))
+        given = [] if source is None else encode(enc, source) + [sep]
+        rows.append((given, encode(enc, text) + [eos]))
     length = length or max(len(given) + len(text) for given, text in rows)      # 0: the longest
     # the texts of pairs end alike, whatever the length of their source
     kept = [given + [pad] * (length - n) + text if given else text + [pad] * (length - n)
@@ -226,7 +233,7 @@ def pack_rows(enc, items, length):
 def to_ids(batch, enc, clean):
     """Texts of a table -> their token ids, each text ended by <eos>, and how many these are."""
     texts = [t for text in batch['text'] for t in (text or '').split('<|endoftext|>') if t.strip()]
-    ids = [enc.encode_ordinary(clean(text)) + [enc.n_vocab - len(SPECIAL)] for text in texts]
+    ids = [encode(enc, clean(text)) + [enc.n_vocab - len(SPECIAL)] for text in texts]
     return {'ids': [np.array(x, np.uint16) for x in ids], 'n': [len(x) for x in ids]}
 
 def pack_stream(table, share, documents, cache, **how):
@@ -244,7 +251,7 @@ def pack_stream(table, share, documents, cache, **how):
 def main(o):
     from model import encoding, write_dataset
     start, folder, cache = time.time(), Path(o.data) / o.name, Path(o.data) / 'cache'
-    tokenizer, length, documents = PAPERS.get(o.name, ('bpe:2048', 32, 0))       # 0: all
+    tokenizer, length, documents, how = HUB.get(o.name, ('bpe:2048', 32, 0, {}))     # 0: all
     length = o.length or length
     if not (re.fullmatch(r'\w[\w.-]*', o.name) and 0 < o.val < 1 and 4 <= length <= 65536):
         fail('NAME is letters, digits, "_", "-", "."; --val from 0 to 1, --length from 4 to 65536')
@@ -253,34 +260,29 @@ def main(o):
         items, source = from_files(o, cache), ' '.join(Path(path).name for path in o.input)
     elif o.name == 'dates':
         items, source = dates(), 'all days of 1900-2099'
+        tokenizer, o.tokenizer, length = 'dates', '', 0         # its own; the longest row's
     elif o.name == 'pydocs':
-        source = f'docstrings of Python {platform.python_version()}'
-        items = list(dict.fromkeys(sentences(docstrings())))
+        items, source = [*dict.fromkeys(sentences(docstrings()))], f'Python {sys.version}'
     else:
-        how = HUB.get(o.name) or fail(f'unknown dataset {o.name!r}: use pydocs, dates, '
-                                      f'{", ".join(HUB)}, or your own files by --input')
+        how or fail(f'{o.name}: not pydocs, dates, {", ".join(HUB)}; give your files by --input')
         items, source = load_texts(f'{how["path"]} cannot be had from the hub; fetch it, then: '
             f'python prepare_data.py {o.name} --input FILES', cache, **how), how['path']
 
     # 2. tokens; no sentence is in both splits, and no text of a pair
-    pairs, own = isinstance(next(iter(items), ''), tuple), '' if o.input else o.name
+    pairs = isinstance(next(iter(items), ''), tuple)
     kind = 'rows' if isinstance(items, list) else 'stream'
     texts = ([text for item in items for text in (item if pairs else [item])] if kind == 'rows' else
              [x['text'].replace('<|endoftext|>', '') for x in items.take(100_000) if x['text']])
     if not any(map(str.strip, texts)) or any('\0' in text for text in texts):
         fail(f'{source}: holds no text, or NUL characters, so it is not text')
-    spec = make_tokenizer(own if own == 'dates' else o.tokenizer or tokenizer, texts)
-    enc, length = encoding(spec), 0 if own == 'dates' else length
+    enc = encoding(spec := make_tokenizer(o.tokenizer or tokenizer, texts))
     if kind == 'rows':
-        keys = [item[0] if pairs else item for item in items]
-        unique = list(dict.fromkeys(keys))
-        random.Random(o.seed).shuffle(unique)
+        unique = list(dict.fromkeys(keys := [item[0] if pairs else item for item in items]))
+        random.Random(0).shuffle(unique)
         held = set(unique[:max(1, int(o.val * len(unique)))])
-        train, val = ([item for item, key in zip(items, keys) if (key in held) == side]
-                      for side in (False, True))
-        if pairs:                       # a question may be asked in several
-            seen = {text for pair in val for text in pair}
-            train = [pair for pair in train if seen.isdisjoint(pair)]
+        train, val = ([x for x, k in zip(items, keys) if (k in held) == side] for side in (0, 1))
+        seen = {text for pair in val for text in pair} if pairs else ()     # asked in several
+        train = [item for item in train if not pairs or seen.isdisjoint(item)]
         train, length = pack_rows(enc, train or val, length)
         val, length = pack_rows(enc, val, length)
     else:
@@ -288,10 +290,8 @@ def main(o):
         train, val = pack_stream(items, o.val, documents, cache, enc=enc, clean=clean)
     if min(len(train), len(val)) < length:
         fail(f'too little text for rows of {length} tokens; give more, or a smaller --length')
-
     left_out = len(items) - (len(train) + len(val)) // length if kind == 'rows' else 0
-    write_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length, source=source,
-                  left_out=left_out)
+    write_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length, source=source)
     print(f'{folder}: {len(train):,} tokens to train on, {len(val):,} for val, {kind} of {length}, '
           f'{left_out:,} left out (long, or in val); {spec["name"]}; {time.time() - start:.0f} s')
     print(f'next: python train_teacher.py --data {folder}')

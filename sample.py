@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from prepare_data import date_forms, fail, parse
+from prepare_data import date_forms, encode, fail, parse
 
 @dataclass
 class Options:
@@ -55,10 +55,10 @@ def known_row(meta, enc, o, source):
         for piece in re.findall(spec['pattern'] + '|.', source, re.S):
             if piece not in spec['tokens']:
                 fail(f'{piece!r} is not in the vocabulary of this model')
-    ids = enc.encode_ordinary(source) + [sep] if source else []
+    ids = encode(enc, source) + [sep] if source else []
     # a hole takes the space before it along, as tokens do: else the space would be one of its own
     for part in re.split('( ?_)', o.infill) if o.infill else [o.prompt]:
-        ids += [-1] if part in ('_', ' _') else enc.encode_ordinary(part)
+        ids += [-1] if part in ('_', ' _') else encode(enc, part)
     if len(ids) > L - 1:
         fail(f'{len(ids)} tokens are given, but a row of this model holds {L}; shorten the text')
     if o.infill and meta['kind'] == 'rows':         # nothing comes behind the last given word
@@ -82,6 +82,10 @@ def most_alike(pairs):
     return pairs[alike.index(max(alike))]
 
 # ---- Is it text? ----
+def as_rows(ids, L):
+    """Flat ids of a .bin file -> its whole rows (n, L)."""
+    return torch.from_numpy(ids[:len(ids) // L * L].astype('int64')).view(-1, L)
+
 def to_texts(rows, meta, enc=None):
     """Rows (B, L) -> list of (source, text)."""
     enc = enc or encoding(meta['tokenizer'])
@@ -99,10 +103,8 @@ def entropy_of(items):
 
 def health(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.
-
     dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
-    Else: entropy of a row's tokens (nats), share of unique rows, of words known from `data`.
-    """
+    Else: entropy of a row's tokens (nats), share of unique rows, of words known from `data`."""
     texts = to_texts(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
         used = [date_forms(source).index(t) for source, t in texts if t in date_forms(source)]
@@ -168,8 +170,9 @@ def check(o, meta, config):
     if o.sampler and o.sampler not in SAMPLERS.get(config.model, [])[:1 if config.two_time else 3]:
         fail(f'--sampler {o.sampler}: flows euler; teachers ab2, bridge; diffuseq ancestral, ddim')
     if (o.temperature != 1 and config.model == 'diffuseq' or o.gamma and config.model != 'flm'
-            or o.film and not o.compare):
-        fail('--gamma is for flows, --temperature for all but diffusions, --film for --compare')
+            or (o.sampler or o.gamma or o.mbr or o.watch if o.compare else o.film)):
+        fail('--gamma is for flows, --temperature for all but diffusions, --film for --compare, '
+             'which takes beside it only --nfe and --temperature')
     asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
     if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
         fail('models of pairs take --source, the others either --prompt or --infill')

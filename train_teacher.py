@@ -43,6 +43,7 @@ class Options:
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
     axis: str = 'measured'      # flm: tau(t): measured | reader | paper | uniform | a number
+    squared: bool = False       # flm: squared error of p for cross-entropy, to compare
     anchor: float = 0.1         # diffuseq: weight of the cross-entropy of the rounded prediction
     given: float = 0.1          # share of rows without source that get random given tokens
     eval_every: int = 500       # iterations between validations; each one saves
@@ -74,7 +75,6 @@ def load_data(folder):
 
 def get_batch(ids, meta, n, share, cpu, device):
     """n random rows: tokens and given (n, L) int64, tau (n,) stratified over the batch.
-
     Of pairs the source is given, of a `share` of other rows a random prefix or random tokens: that
     makes prompts and infilling work in a single call."""
     L = meta['length']
@@ -152,15 +152,15 @@ def optimisers(model, o):
     """Muon (K. Jordan 2024) for the matrices inside the blocks, AdamW for all else that trains."""
     if o.optimiser not in ('muon', 'adamw'):
         fail(f'--optimiser {o.optimiser}: use muon or adamw')
+    muon = o.optimiser == 'muon' and getattr(torch.optim, 'Muon', None)
+    if muon is None:
+        print(f'torch {torch.__version__} has no Muon (2.9 has): AdamW alone, which learns slower')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inside = [name for name in params if o.optimiser == 'muon'
-              and re.search(r'blocks.*(qkv|out|up|down)\.weight', name)]
+    inside = [x for x in params if muon and re.search(r'blocks.*(qkv|out|up|down)\.weight', x)]
     # orthogonal updates of those matrices: a small network needs far fewer iterations
     made = [torch.optim.AdamW([p for name, p in params.items() if name not in inside], lr=o.lr,
                               betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     if inside:
-        muon = getattr(torch.optim, 'Muon', None) or fail(
-            f'torch {torch.__version__} has no Muon yet (2.9 has); use --optimiser adamw')
         made.append(muon([params[name] for name in inside], lr=o.muon_lr, weight_decay=0.0))
     return made
 
@@ -235,8 +235,7 @@ def main(o):
         model.net.compile()         # in place: the names of the weights stay as they are
     log = Log(out, o, start) if rank == 0 else lambda it, **values: None
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{size:.2f}M parameters on {world} x {device}, {o.batch * meta["length"]:,} tokens per '
-          f'iteration, {len(train):,} in {o.data}')
+    print(f'{size:.2f}M parameters on {world} x {device}, {len(train):,} tokens in {o.data}')
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
         stop = it == o.iters or told(it)
@@ -247,9 +246,8 @@ def main(o):
                 fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; lower '
                      f'the learning rates, and --resume goes on from the last save in {out}')
         if hundred:
-            means = [round(x, 3) for x in (bins[0] / bins[1]).tolist()]
-            log(it, loss=(bins[0].sum() / bins[1].sum()).item(), norm=norm.item(),
-                norm_max=bins[2, 0].item(), bins=means)
+            log(it, loss=(bins[0].sum() / bins[1].sum()).item(), norm_max=bins[2, 0].item(),
+                norm=norm.item(), bins=[round(x, 3) for x in (bins[0] / bins[1]).tolist()])
             if o.axis == 'measured' and o.model == 'flm' and 2 * it <= o.iters:
                 model.refit(*(x[:32] for x in batch[:2]), seed=it)
                 ema.taus.copy_(model.taus)
@@ -265,8 +263,10 @@ def main(o):
         batch = get_batch(train, meta, o.batch, o.given, generator('cpu', o.seed, it, 0), device)
         for part in range(rank, o.parts, world):
             tokens, given, tau = (x.chunk(o.parts)[part] for x in batch)
+            rng = generator(device, o.seed, it, 1 + part)
+            torch.manual_seed(rng.initial_seed())       # dropout draws from the global one
             with autocast(device):
-                losses = model.loss(tokens, given, tau, generator(device, o.seed, it, 1 + part))
+                losses = model.loss(tokens, given, tau, rng)
             (losses.sum() / o.batch).backward()
             seen = torch.stack([losses, losses ** 0]).detach().to(bins)     # and how many rows
             bins[:2].index_add_(1, (tau * 8).long(), seen)     # by tau: where it is still learning

@@ -1,6 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop.   make test: the tests.   make slow: those that take long.
-# What the README reports, made anew: make frontier (80 minutes), long (65), ablations (75), axes (45),
-# samplers (9), dates (40), dates-diffuseq (16), speed (50), weights.
+# What the README reports, made anew: make frontier (80 minutes), long (75), ablations (110), channels (25),
+# dates (40), dates-diffuseq (16), speed (50), weights.
 PYTHON ?= python3
 PY = .venv/bin/python
 D = out/dates
@@ -31,50 +31,52 @@ frontier: data/pydocs
 	$(PY) bench.py quality 'out/{seed}/flm/student' 'out/{seed}/flm/teacher' 'out/{seed}/mdlm' 'out/{seed}/ar' \
 	  --nfe 1 2 4 8 32 --seeds 3 --scorer out/scorer --out assets/pydocs.json
 
-# what each part of the recipe brings: one seed, after make frontier and make long
-ablations: data/pydocs
-	for C in 2 4 32; do \
-	  $(PY) train_teacher.py --code $$C --out out/code-$$C/teacher && $(PY) distill.py out/code-$$C/teacher || exit; \
-	done
-	$(PY) train_teacher.py --code 4 --iters 4800 --out out/long-4/teacher
-	$(PY) distill.py out/long-4/teacher --iters 900
-	$(PY) distill.py out/long/flm/teacher --iters 900 --bigrams 0 --out out/long/flm/alone
-	$(PY) distill.py out/0/flm/teacher --temperature 1 --out out/0/flm/warm
-	$(PY) distill.py out/0/flm/teacher --balance 0 --out out/0/flm/unbalanced
-	$(PY) distill.py out/0/flm/teacher --bigrams 0 --out out/0/flm/alone
-	$(PY) distill.py out/0/flm/teacher --method lagrangian --iters 330 --out out/0/flm/lagrangian
-	$(PY) bench.py quality out/0/flm/student out/0/flm/warm out/0/flm/unbalanced out/0/flm/alone \
-	  out/0/flm/lagrangian out/long/flm/alone \
-	  out/code-2/student out/code-4/student out/code-32/student out/long-4/student \
-	  out/0/flm/teacher out/code-2/teacher out/code-4/teacher out/code-32/teacher \
-	  --sampler ab2 --temperature 0.75 --nfe 1 8 --seeds 2 --scorer out/scorer --out assets/ablations.json
-	$(PY) distill.py out/long/flm/teacher --method lagrangian --iters 1200 --out out/long/lagrangian
-	$(PY) bench.py quality out/long/lagrangian --nfe 1 2 4 8 32 --seeds 2 --scorer out/scorer --out assets/lagrangian.json
-
 # the same with four times the training, one seed; the weights in assets/ are from here
 long: data/pydocs
 	$(PY) train_teacher.py --iters 4800 --out out/long/flm/teacher
 	$(PY) distill.py out/long/flm/teacher --iters 900
+	$(PY) distill.py out/long/flm/teacher --iters 900 --bigrams 0 --out out/long/flm/alone
 	$(PY) train_teacher.py --model mdlm --code 32 --iters 7600 --out out/long/mdlm
-	$(PY) bench.py quality out/long/flm/student out/long/flm/teacher out/long/mdlm --nfe 1 2 4 8 32 --seeds 2 \
-	  --scorer out/scorer --out assets/long.json
-	$(PY) bench.py quality out/long/flm/teacher --sampler ab2 --temperature 0.75 --nfe 4 8 32 --seeds 2 \
+	$(PY) bench.py quality out/long/flm/student out/long/flm/alone out/long/flm/teacher out/long/mdlm \
+	  --nfe 1 2 4 8 32 --seeds 2 --scorer out/scorer --out assets/long.json
+
+# what each part of the recipe brings, at equal time, one change at a time; after make frontier
+ablations: data/pydocs
+	for S in 0 1; do \
+	  for A in uniform paper; do \
+	    $(PY) train_teacher.py --seed $$S --axis $$A --out out/$$S/$$A/teacher && \
+	    $(PY) distill.py out/$$S/$$A/teacher --seed $$S || exit; \
+	  done; \
+	  $(PY) train_teacher.py --seed $$S --squared --out out/$$S/squared/teacher && \
+	  $(PY) distill.py out/$$S/squared/teacher --seed $$S || exit; \
+	  for M in lagrangian semigroup eulerian; do \
+	    $(PY) distill.py out/$$S/flm/teacher --seed $$S --method $$M --rollout 0 --iters 500 --out out/$$S/flm/$$M || exit; \
+	  done; \
+	  $(PY) distill.py out/$$S/flm/teacher --seed $$S --temperature 1 --out out/$$S/flm/warm && \
+	  $(PY) distill.py out/$$S/flm/teacher --seed $$S --balance 0 --out out/$$S/flm/unbalanced && \
+	  $(PY) distill.py out/$$S/flm/teacher --seed $$S --bigrams 0 --out out/$$S/flm/alone || exit; \
+	done
+	$(PY) bench.py quality 'out/{seed}/flm/student' 'out/{seed}/flm/alone' 'out/{seed}/flm/unbalanced' \
+	  'out/{seed}/flm/warm' 'out/{seed}/flm/lagrangian' 'out/{seed}/flm/semigroup' 'out/{seed}/flm/eulerian' \
+	  'out/{seed}/uniform/student' 'out/{seed}/paper/student' 'out/{seed}/squared/student' \
+	  --nfe 1 4 --seeds 2 --scorer out/scorer --out assets/students.json
+	$(PY) bench.py quality 'out/{seed}/flm/teacher' 'out/{seed}/uniform/teacher' 'out/{seed}/paper/teacher' \
+	  'out/{seed}/squared/teacher' --nfe 8 32 --seeds 2 --scorer out/scorer --out assets/teachers.json
+	for X in ab2 bridge; do \
+	  $(PY) bench.py quality 'out/{seed}/flm/teacher' --sampler $$X --nfe 8 32 --seeds 2 --scorer out/scorer \
+	    --out assets/$$X.json || exit; \
+	done
+	$(PY) bench.py quality 'out/{seed}/flm/teacher' --gamma 1 --nfe 8 32 --seeds 2 --scorer out/scorer --out assets/gamma.json
+	$(PY) bench.py quality 'out/{seed}/flm/teacher' --sampler ab2 --temperature 0.75 --nfe 8 32 --seeds 2 \
 	  --scorer out/scorer --out assets/cool.json
 
-axes: data/pydocs
-	for S in 0 1; do for A in uniform paper reader measured; do \
-	  $(PY) train_teacher.py --seed $$S --code 32 --axis $$A --out out/$$S/$$A || exit; \
-	done; done
-	$(PY) bench.py quality 'out/{seed}/uniform' 'out/{seed}/paper' 'out/{seed}/reader' 'out/{seed}/measured' \
-	  --nfe 8 32 --seeds 2 --out assets/axes.json
-	$(PY) bench.py quality 'out/{seed}/measured' --sampler ab2 --nfe 8 32 --seeds 2 --out assets/ab2.json
-
-samplers: data/pydocs
-	for G in 0.5 1; do \
-	  $(PY) bench.py quality assets/pydocs-teacher.pt assets/pydocs-student.pt --nfe 8 32 --seeds 2 --gamma $$G \
-	    --out assets/gamma-$$G.json || exit; \
+# embeddings of fewer and of more channels, one seed
+channels: data/pydocs
+	for C in 2 4 32; do \
+	  $(PY) train_teacher.py --code $$C --out out/code-$$C/teacher && $(PY) distill.py out/code-$$C/teacher || exit; \
 	done
-	$(PY) bench.py quality assets/pydocs-teacher.pt --nfe 8 32 --seeds 2 --sampler bridge --out assets/bridge.json
+	$(PY) bench.py quality out/0/flm/student out/code-2/student out/code-4/student out/code-32/student \
+	  --nfe 1 --seeds 2 --scorer out/scorer --out assets/channels.json
 
 # a flow map, then three rounds in which a frozen student teaches a copy of itself one call; mdlm
 # trains as long as all of these together
@@ -101,7 +103,7 @@ dates-diffuseq: data/dates
 	  --out assets/dates-diffuseq.json
 	$(PY) bench.py quality $Q/teacher $Q/one-call --nfe 1 2000 --rows 64 --out assets/dates-2000.json
 
-# of the models that `make frontier` leaves
+# after make frontier and make ablations
 speed:
 	for X in '1 50257 256 128' '16 50257 256 128' '16 8192 256 128' '4 8192 256 512' \
 	    '16 1024 256 128' '16 1024 512 128' '64 1024 512 128' '64 50257 256 128'; do \
@@ -132,4 +134,4 @@ data/%: | .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch .venv
 
-.PHONY: demo test slow frontier long ablations axes samplers dates dates-diffuseq speed weights
+.PHONY: demo test slow frontier long ablations channels dates dates-diffuseq speed weights

@@ -258,7 +258,7 @@ def main(o):
             or o.temperature < .01 or max(o.leg, o.diagonal, o.boundary, o.balance, o.bigrams) > 1):
         fail('--rollout, --noises: from 1 to 1000; --temperature: from 0.01 to 100; '
              '--leg, --diagonal, --boundary, --balance, --bigrams: to 1')
-    rank, world, device, told = join(o)
+    rank, world, device, stopped = join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
         fail(f'{o.teacher}: distil a teacher of flm or diffuseq, made by: python train_teacher.py')
@@ -306,7 +306,7 @@ def main(o):
 
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        stop = it == o.iters or told(it)
+        stop = it == o.iters or stopped(it)
         if (hundred or due or stop) and not all(x.isfinite() for x in sums.values()):
             fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
                  f'--resume goes on from the last save in {out}')

@@ -21,14 +21,14 @@ from prepare_data import date_forms, encode, fail, parse
 
 @dataclass
 class Options:
-    checkpoint: str = 'out/pydocs/student'  # folder or .pt file; before it is there, assets/
+    checkpoint: str = 'out/pydocs/student'  # folder or .pt file; if missing, assets/'s
     nfe: int = 1                # network calls
     n: int = 8                  # rows to write (for each source)
     mbr: int = 0                # for each source: write the one of so many rows most like the rest
     seed: int = 0               # of the noise
     sampler: str = ''           # flm teachers: euler | ab2 | bridge; diffuseq: ancestral | ddim
     gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
-    temperature: float = 1.0    # of predictions; a flow's falls from 1, of its first call, to it
+    temperature: float = 1.0    # of predictions; a flow gets there from 1, so one call stays
     prompt: str = ''            # text to begin with
     infill: str = ''            # text with holes, one _ per token
     source: str = ''            # for models of pairs: the source; without it, lines on stdin

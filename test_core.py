@@ -154,7 +154,7 @@ def test_fresh_student_equals_its_teacher_and_the_average_forgets_its_start():
     want, _ = 0.1 * ema.net.embed + 0.9 * teacher.net.embed, teacher.net.embed.sum().backward()
     train_teacher.update(teacher, ema, train_teacher.optimisers(teacher, o), 0, o)
     assert torch.allclose(ema.net.embed, want, atol=1e-6)
-    with mock.patch('torch.optim.Muon', None):          # as before torch 2.9
+    with mock.patch('torch.optim.Muon', None, create=True):          # as before torch 2.9
         assert len(train_teacher.optimisers(teacher, train_teacher.Options())) == 1
 
 @torch.no_grad()

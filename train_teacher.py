@@ -43,7 +43,7 @@ class Options:
     dropout: float = 0.0        # on attention-out and MLP-out
     gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
     axis: str = 'measured'      # flm: tau(t): measured | reader | paper | uniform | a number
-    squared: bool = False       # flm: squared error of p for cross-entropy, to compare
+    squared: bool = False       # flm: to compare: squared error, not cross-entropy
     anchor: float = 0.1         # diffuseq: weight of the cross-entropy of the rounded prediction
     given: float = 0.1          # share of rows without source that get random given tokens
     eval_every: int = 500       # iterations between validations; each one saves
@@ -117,7 +117,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 def join(o):
-    """This process's rank, how many there are, its device, and told(it): whether to stop."""
+    """This process's rank, how many there are, its device, and stopped(it): whether to stop."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     # noise belongs to a part of the batch: one process with n parts trains as n processes do
     o.parts = o.parts or world
@@ -136,9 +136,9 @@ def join(o):
     heard = torch.zeros(1, device=device)       # of Ctrl-C or SIGTERM; the second one kills
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda n, _: (heard.add_(1), signal.signal(n, signal.SIG_DFL)))
-    def told(it):       # by any process: all ask each other at every tenth iteration
+    def stopped(it):       # by any process: all ask each other at every tenth iteration
         return it % 10 == 0 and (add_up([heard]) or heard.item() > 0)
-    return rank, world, device, told
+    return rank, world, device, stopped
 
 def add_up(tensors):
     """Each tensor becomes its sum over all processes; one message."""
@@ -218,7 +218,7 @@ def main(o):
         fail(f'--axis {o.axis}: measured, reader, paper, uniform or a number; --dropout: below 1')
     if not 0 < o.layers * o.heads * o.width * (1 + o.code) < 1e13 or o.width % (2 * o.heads):
         fail(f'--width {o.width}: a multiple of twice --heads; --layers, --code: too many, or none')
-    rank, world, device, told = join(o)
+    rank, world, device, stopped = join(o)
     meta, train, val = load_data(o.data)
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
     out = Path(o.out or f'out/{name}/teacher')
@@ -238,7 +238,7 @@ def main(o):
     print(f'{size:.2f}M parameters on {world} x {device}, {len(train):,} tokens in {o.data}')
     for it in range(start, o.iters + 1):
         hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        stop = it == o.iters or told(it)
+        stop = it == o.iters or stopped(it)
         if hundred or due or stop:
             add_up([bins])
             if not bins.isfinite().all():

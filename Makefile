@@ -24,7 +24,7 @@ frontier: data/pydocs
 	for S in 0 1 2; do \
 	  $(PY) train_teacher.py --seed $$S --out out/$$S/flm/teacher && \
 	  $(PY) distill.py out/$$S/flm/teacher --seed $$S && \
-	  $(PY) train_teacher.py --seed $$S --model mdlm --code 32 --iters 1900 --out out/$$S/mdlm && \
+	  $(PY) train_teacher.py --seed $$S --model mdlm --code 32 --iters 2500 --out out/$$S/mdlm && \
 	  $(PY) train_teacher.py --seed $$S --model ar --code 32 --iters 950 --dropout 0.2 --out out/$$S/ar || exit; \
 	done
 	$(PY) train_teacher.py --model ar --code 32 --iters 500 --dropout 0.2 --width 192 --seed 7 --out out/scorer

@@ -114,8 +114,8 @@ def make_tokenizer(how, texts):
     import tiktoken
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
-    except Exception as e:              # tiktoken downloads it once
-        fail(f'gpt2 cannot be fetched ({type(e).__name__}); fill TIKTOKEN_CACHE_DIR, or use bpe:N')
+    except Exception:                   # tiktoken downloads it once
+        fail('gpt2 cannot be fetched; fill TIKTOKEN_CACHE_DIR, or use --tokenizer bpe:8192')
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
     return {'name': how, 'pattern': gpt2._pat_str, 'tokens': list(tokens)}
 
@@ -281,8 +281,8 @@ def main(o):
         random.Random(0).shuffle(unique)
         held = set(unique[:max(1, int(o.val * len(unique)))])
         train, val = ([x for x, k in zip(items, keys) if (k in held) == side] for side in (0, 1))
-        seen = {text for pair in val for text in pair} if pairs else ()     # asked in several
-        train = [item for item in train if not pairs or seen.isdisjoint(item)]
+        seen = {text for pair in val for text in pair} if pairs else ()     # maybe in other pairs
+        train = [x for x in train if not pairs or seen.isdisjoint(x)]
         train, length = pack_rows(enc, train or val, length)
         val, length = pack_rows(enc, val, length)
     else:

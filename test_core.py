@@ -426,13 +426,13 @@ def test_snippets_of_the_readme():
     def net(h, *at):
         return model.predict(h, given, *(x + torch.zeros(8) for x in at))
     says = dict(torch=torch, B=8, u=.3, tokens=tokens, E=model.net.embed, net=net, student=net,
-                teacher=net, F=model.noise_factor(48), z=torch.randn(8, 6, 32, generator=rng),
+                teacher=net, R=model.noise_factor(48), z=torch.randn(8, 6, 32, generator=rng),
                 read=lambda p: model.read(p, given), t_of=lambda x: model.t_of(x)[:, None, None],
                 jump=lambda h, p, *at: model.jump(h, p, given, *at),
                 cross_entropy=lambda x, y: cross_entropy(x.mT, y if y.ndim == 2 else y.mT))
     exec(teach, says)
     assert torch.allclose(says['loss'], model.loss(tokens, given, says['tau'], same[0]).mean())
-    s, t = says['s'], says['t'] = torch.tensor([[.2], [.8]]).expand(2, 8)
+    s, t = says['start'], says['end'] = torch.tensor([[.2], [.8]]).expand(2, 8)
     exec(distil, says)
     want = distill.rollout(model, model.predict, says['h'], given, s, t, 8)
     assert torch.allclose(says['target'], want, atol=1e-6)

@@ -181,17 +181,18 @@ def quality(o, paths, device):
                 # samples meet one half of the text; the other half shows what real text scores.
                 # neighbouring rows are about the same things, so they are mixed before
                 L, rng = meta['length'], np.random.default_rng(0)
-                held = as_rows(val, L)[rng.permutation(len(val) // L)]
+                held, rows = as_rows(val, L)[rng.permutation(len(val) // L)], as_rows(train_ids, L)
                 real = [ids for _, ids in split_rows(held[:len(held) // 2], meta)]
-                train = {tuple(ids) for _, ids in split_rows(as_rows(train_ids, L), meta)}
+                train = {tuple(ids) for _, ids in split_rows(rows, meta)}
                 other = held[len(held) // 2:][:o.rows]
                 mixed = other.clone()
                 for row, (_, text) in zip(mixed, split_rows(other, meta)):
                     row[:len(text)] = torch.from_numpy(rng.permutation(text))
-                ids, chain = np.array(train_ids[:10 ** 7], np.int64), as_rows(train_ids, L)[:o.rows]
+                ids, chain = np.array(train_ids[:10 ** 7], np.int64), rows[:o.rows]
                 often, after = np.bincount(ids), np.roll(ids, -1)[ids.argsort()]
+                ends = often.cumsum()
                 for i in range(1, L):           # each drawn from what follows the one before
-                    n, end = (x[chain[:, i - 1]] for x in (often, often.cumsum()))
+                    n, end = (x[chain[:, i - 1]] for x in (often, ends))
                     chain[:, i] = torch.from_numpy(after[end - 1 - rng.integers(n)])
                 for name, x in (('held-out text', other), ('the same, shuffled', mixed),
                                 ('a chain of bigrams', chain)):

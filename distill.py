@@ -188,7 +188,7 @@ def score_distillation(student, teacher, fake, fake_opt, o, device):
         # rows far from what the teacher sees would drown the others
         weight = 1 / row_mean((x - real).detach().abs().mean(-1), given).clamp(min=1e-5)
         loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
-        loss = loss + o.adversarial * F.softplus(-logit).mean()
+        loss = loss + (o.adversarial * F.softplus(-logit).mean() if o.adversarial else 0)
         return loss, {'gap': gap.mean(), 'fake_error': row_mean(
             (seen - x).detach().square().mean(-1), given).mean()}
     return losses
@@ -232,10 +232,10 @@ def settle(student, guide, teacher, o):
     return losses
 
 # ---- The script ----
-def count(ids, L, V, weight):
-    """How often each token comes (V,), all neighbours a b in rows of L as a V + b, rising, and
+def count(ids, meta, weight):
+    """How often each token comes (V,), all neighbours a b in a row as a V + b, rising, and
     weight * log(how many times as often as by chance); the first of both is for all others."""
-    rows = as_rows(ids[:10 ** 7], L)
+    rows, V = as_rows(ids[:10 ** 7], meta['length']), meta['vocab']
     often = torch.bincount(rows.flatten(), minlength=V) / rows.numel()
     pairs, times = (rows[:, :-1] * V + rows[:, 1:]).unique(return_counts=True)
     links = (times / times.sum() / often[pairs // V] / often[pairs % V]).log().clamp(-5, 5)
@@ -274,10 +274,10 @@ def main(o):
     guide = load(o.guide, device)[0].requires_grad_(False) if o.guide else None
     if guide and not (is_student(guide.config) and guide.net.embed.equal(teacher.net.embed)):
         fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
-    often, pairs, links = count(train, meta['length'], meta['vocab'], o.bigrams)
+    often, pairs, links = count(train, meta, o.bigrams) if flow else (None, [], None)
     one = dict(two_time=True) if flow else dict(start=START, row_noise=o.row_noise)
     config = guide.config if guide else replace(teacher.config, dropout=0, **one)
-    student = build(replace(config, bigrams=len(pairs) * (flow and o.bigrams > 0))).to(device)
+    student = build(replace(config, bigrams=len(pairs) * (o.bigrams > 0))).to(device)
     # a flow map's second time starts at zero, so that every student starts as its teacher
     old = {**(guide or teacher).state_dict(), 'pairs': pairs, 'links': links}
     student.load_state_dict({name: old.get(name, x) for name, x in student.state_dict().items()})

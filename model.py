@@ -372,8 +372,8 @@ class EmbeddingDiffusion(Model):
         guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
-        loss = error + self.round(x, tokens).mean(1)
-        return loss + self.config.anchor * row_mean(self.round(guess, tokens), given)
+        anchor = row_mean(self.round(guess, tokens), given) if self.config.anchor else 0
+        return error + self.round(x, tokens).mean(1) + self.config.anchor * anchor
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""

@@ -187,7 +187,7 @@ def load_texts(complaint, cache, **how):
     except Exception as e:              # the library and the hub's client raise dozens of kinds
         fail('this needs a package more; run: pip install datasets' if isinstance(e, ImportError)
              else f'{complaint} ({type(e).__name__})')
-    columns = {k for k, x in table.features.items() if 'string' in getattr(x, 'dtype', '')}
+    columns = {k for k, x in table.features.items() if getattr(x, 'dtype', '').endswith('string')}
     for a, b in ('src', 'trg'), ('question1', 'question2'):
         if {a, b} <= columns:           # of Quora's pairs only those labelled as asking the same
             if b == 'question2' and 'label' in table.features:

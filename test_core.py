@@ -99,14 +99,14 @@ def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, toler
         assert torch.allclose(rolled, want, atol=.01)
 
 def test_balance_lets_one_call_write_tokens_as_often_as_the_data():
-    model, nothing = tiny(two_time=True), torch.full((2000, 6), -1)
+    model, nothing, meta = tiny(two_time=True), torch.full((2000, 6), -1), dict(length=6, vocab=12)
     model.net.head.bias.data[3] += 2
     for power, low, high in (0, .4, 1), (.2, .08, .14):
-        distill.balance(model, distill.count(np.arange(6000) % 10, 6, 12, 1)[0], nothing, power, 8)
+        distill.balance(model, distill.count(np.arange(6000) % 10, meta, 1)[0], nothing, power, 8)
         assert low < (write_rows(model, nothing, 1) == 3).float().mean() < high
 
 def test_a_row_is_read_with_its_neighbours():
-    often, pairs, links = distill.count(np.array([0, 1, 0, 1, 0, 2]), 3, 8, .5)     # two rows
+    often, pairs, links = distill.count(np.array([0, 1, 0, 1, 0, 2]), dict(length=3, vocab=8), .5)
     assert (often[:3] * 6).round().tolist() == [3, 2, 1] and pairs.tolist() == [-1, 1, 2, 8]
     assert torch.allclose(links, torch.tensor([-5, *map(math.log, (1.5, 3, 3))]) / 2)
     model, p, given = tiny(8, 4, bigrams=4), torch.rand(1, 4, 8), torch.tensor([[-1, -1, 2, -1]])
@@ -154,7 +154,7 @@ def test_fresh_student_equals_its_teacher_and_the_average_forgets_its_start():
     want, _ = 0.1 * ema.net.embed + 0.9 * teacher.net.embed, teacher.net.embed.sum().backward()
     train_teacher.update(teacher, ema, train_teacher.optimisers(teacher, o), 0, o)
     assert torch.allclose(ema.net.embed, want, atol=1e-6)
-    with mock.patch('torch.optim.Muon', None, create=True):          # as before torch 2.9
+    with mock.patch('torch.optim.Muon', None, create=True):     # as before torch 2.9
         assert len(train_teacher.optimisers(teacher, train_teacher.Options())) == 1
 
 @torch.no_grad()

@@ -103,15 +103,13 @@ dates-diffuseq: data/dates
 	  --out assets/dates-diffuseq.json
 	$(PY) bench.py quality $Q/teacher $Q/one-call --nfe 1 2000 --rows 64 --out assets/dates-2000.json
 
-# after make frontier and make ablations
+# after make frontier; an untrained model is as fast as a trained one
 speed:
-	for X in '1 50257 256 128' '16 50257 256 128' '16 8192 256 128' '4 8192 256 512' \
-	    '16 1024 256 128' '16 1024 512 128' '64 1024 512 128' '64 50257 256 128'; do \
-	  set -- $$X && $(PY) bench.py train --rows $$1 --vocab $$2 --width $$3 --length $$4 \
-	    --out assets/train-$$1-$$2-$$3-$$4.json || exit; \
-	done
-	$(PY) bench.py speed out/0/flm/student out/0/flm/teacher out/0/mdlm out/0/ar --nfe 1 8 --batch 1 64 --out assets/speed.json
-	$(PY) bench.py speed out/0/flm/student out/0/flm/alone --nfe 1 --batch 1 64 --out assets/read.json
+	$(PY) bench.py train 1,128,50257,256 16,128,50257,256 64,128,50257,256 16,128,8192,256 16,128,1024,256 \
+	  32,64,8192,256 4,512,8192,256 2,1024,8192,256 16,128,8192,512 16,128,1024,512 64,128,1024,512 --out assets/train.json
+	$(PY) bench.py speed 'out/{seed}/flm/student@1,4' 'out/{seed}/flm/teacher@32,128,1024' 'out/{seed}/mdlm@8,64' \
+	  'out/{seed}/ar' diffuseq,32,2048,128@50,2000 --batch 1 8 --beside assets/pydocs.json --out assets/speed.json
+	$(PY) bench.py speed out/0/flm/student out/0/flm/alone --nfe 1 --batch 1 8 64 256 --out assets/read.json
 
 weights:
 	$(PY) sample.py out/long/flm/student --export assets/pydocs-student.pt

@@ -1,14 +1,12 @@
 """How good are the samples, at how many network calls, and how fast?
 
     python bench.py quality out/dates/teacher out/dates/student --nfe 1 4 64
-    python bench.py quality out/pydocs/student out/pydocs-mdlm/teacher --scorer out/scorer/teacher
-    python bench.py speed out/pydocs/teacher out/pydocs/student --nfe 1 64
-    python bench.py train --vocab 50257 --rows 64       # one training step, two formulations
+    python bench.py speed out/pydocs/student@1 out/pydocs/teacher@8,64
+    python bench.py speed student,128,50257,256@1 ar,128,50257,256      # untrained, of size L,V,D
+    python bench.py train 16,128,50257,256      # B,L,V,D: one iteration in two formulations
 
 Prints a Markdown table (of seeds the mean, and half the range), writes <out> as JSON and a picture.
-Samples meet half of the validation text. Times are medians, beside what the machine's rates allow.
 """
-import importlib
 import json
 import math
 import re
@@ -24,20 +22,18 @@ from prepare_data import fail, parse
 
 @dataclass
 class Options:
-    what: tuple = ()            # quality CHECKPOINTS (of the same data) | speed CHECKPOINTS | train
+    what: tuple = ()            # quality CHECKPOINTS (of one data set) | speed MODELS | train SIZES
     nfe: tuple = ('1', '4', '64')   # network calls
     sampler: str = ''           # quality: of the teachers, as for sample.py
     temperature: float = 1.0    # quality: of the teachers and baselines, as for sample.py
     gamma: float = 0.0          # quality: of the flows, as for sample.py
-    rows: int = 500             # quality: samples per model, nfe, seed; train: rows per iteration
+    rows: int = 500             # quality: samples per model, nfe, seed
     per_source: int = 1         # pairs: samples for each source; from 2: unique, self-BLEU, div-4
     seeds: int = 1              # quality: of rows and noise: 0, 1, ...; {seed} in CHECKPOINTS too
     scorer: str = ''            # quality: gen_ppl under this: an ar checkpoint or a hub's name
     batch: tuple = ('1', '8', '64')     # speed: rows written at once
-    vocab: int = 50257          # train: V of the network, which is made anew
-    length: int = 128           # train: L
-    layers: int = 4             # train: transformer blocks
-    width: int = 256            # train: D, and C
+    beside: str = ''            # speed: the JSON of a quality run, whose figures stand beside
+    layers: int = 4             # speed, train: transformer blocks of untrained models
     out: str = ''               # the figures; default out/<what>.json
     device: str = ''            # cpu, cuda or mps; default the best there is
     compile: bool = True        # speed, train: torch.compile, on CUDA only
@@ -61,8 +57,8 @@ def ngrams(ids, n):
 def jensen_shannon(a, b):
     """Jensen-Shannon divergence of two lists of items, in nats: 0 if alike, ln 2 if disjoint."""
     p, q = ({x: n / len(y) for x, n in Counter(y).items()} for y in (a, b))
-    both = [(p.get(x, 0), q.get(x, 0)) for x in p.keys() | q.keys()]
-    return sum(w / 2 * math.log(2 * w / (u + v)) for u, v in both for w in (u, v) if w)
+    return sum(w / 2 * math.log(2 * w / (p.get(x, 0) + q.get(x, 0)))
+               for y in (p, q) for x, w in y.items())
 
 def energy_distance(a, b, dim=512):
     """2 E|x-y| - E|x-x'| - E|y-y'| over rows' bags of 1- and 2-grams, hashed to `dim` counts;
@@ -71,7 +67,6 @@ def energy_distance(a, b, dim=512):
         hashes = [sum((v + 1) * m for v, m in zip(gram, (2654435761, 40503))) % dim
                   for gram in ngrams(row, 1) + ngrams(row, 2)]
         return torch.bincount(torch.tensor(hashes, dtype=torch.long), minlength=dim).float()
-
     def mean(x, y, same):
         return torch.cdist(x, y).double().sum() / (len(x) * (len(y) - same))
     x, y = (torch.stack([bag(row) for row in rows]) for rows in (a, b))
@@ -97,7 +92,7 @@ def load_scorer(name, meta, device):
             given = torch.where(up_to(rows, meta, '<eos>') < 0, rows, -1)       # the padding
             return model.loss(rows, given).repeat_interleave((given < 0).sum(1))
         return lambda rows: torch.cat([mean_nats(part) for part in rows.to(device).split(256)])
-    hub = library('transformers')           # its models read text, in tokens of their own
+    import transformers as hub              # its models read text, in tokens of their own
     try:
         tokens = hub.AutoTokenizer.from_pretrained(name)
         model = hub.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
@@ -109,18 +104,11 @@ def load_scorer(name, meta, device):
     return lambda rows: torch.cat([nats(text) for _, text in to_texts(rows, meta)])
 
 # ---- Pairs: scores of sequence-to-sequence text, words split at spaces ----
-def library(name):
-    """An optional package, or one clear line."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        fail(f'these scores need it: pip install {name.split(".")[0].replace("_", "-")}')
-
 def bleu(text, references):
     """Sentence BLEU, smoothing method 4, in [0, 1]: what DiffuSeq and DLM-One report."""
-    nltk = library('nltk.translate.bleu_score')
-    return nltk.sentence_bleu([r.split() for r in references], text.split(),
-                              smoothing_function=nltk.SmoothingFunction().method4)
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    return sentence_bleu([r.split() for r in references], text.split(),
+                         smoothing_function=SmoothingFunction().method4)
 
 def distinct(texts, n):
     """Share of distinct n-grams among all n-grams of some texts (dist-1 of one text, div-4)."""
@@ -133,7 +121,8 @@ def self_bleu(texts):
 
 def pair_figures(texts, targets, per_source):
     """Texts, `per_source` in a row for the same target, and their targets -> a dict of means."""
-    rouge = library('rouge_score.rouge_scorer').RougeScorer(['rougeL'])
+    from rouge_score.rouge_scorer import RougeScorer
+    rouge = RougeScorer(['rougeL'])
     each = [(bleu(text, [target]), rouge.score(target, text)['rougeL'].fmeasure,
              distinct([text], 1)) for text, target in zip(texts, targets)]
     figures = dict(zip(('bleu', 'rouge_l', 'dist1'), map(statistics.mean, zip(*each))))
@@ -154,7 +143,7 @@ def measure(model, meta, data, ids, o, nfe, seed, *compared):
     if not is_student(model.config):
         how['temperature'] = o.temperature
         how |= {'sampler': o.sampler} if o.sampler in SAMPLERS.get(model.config.model, []) else {}
-    rows, seconds = write(model, given, nfe, seed, **how)
+    _, (rows, seconds) = write(model, given[:1], 1, seed), write(model, given, nfe, seed, **how)
     figures, pairs = health(rows, meta, data), to_texts(rows, meta)
     if not meta['pairs']:
         figures |= text_figures(rows, meta, *compared)
@@ -178,8 +167,7 @@ def quality(o, paths, device):
             meta, train_ids, val = load_data(data)
             real, train, score = [], set(), o.scorer and load_scorer(o.scorer, meta, device)
             if not meta['pairs']:
-                # samples meet one half of the text; the other half shows what real text scores.
-                # neighbouring rows are about the same things, so they are mixed before
+                # half meets the samples, half shows what text scores; mixed: neighbours are alike
                 L, rng = meta['length'], np.random.default_rng(0)
                 held, rows = as_rows(val, L)[rng.permutation(len(val) // L)], as_rows(train_ids, L)
                 real = [ids for _, ids in split_rows(held[:len(held) // 2], meta)]
@@ -199,24 +187,22 @@ def quality(o, paths, device):
                     lines.append((name, '', [{**health(x, meta, data),
                                               **text_figures(x, meta, real, train, score)}]))
         for nfe in [meta['length']] if model.config.model == 'ar' else map(int, o.nfe):
-            runs = [measure(model, meta, data, val, o, nfe, seed, real, train, score)
-                    for seed, (model, _) in enumerate(models)]
-            lines.append((path, nfe, runs))
+            lines.append((path, nfe, [measure(model, meta, data, val, o, nfe, i, real, train, score)
+                                      for i, (model, _) in enumerate(models)]))
             print(f'{path}, nfe {nfe}: done', flush=True)
     return lines
 
 def picture(lines, path):
     """How good at how many calls and in what time, and the teachers' time axes, as an SVG."""
-    plt, dates = library('matplotlib.pyplot'), 'valid' in lines[0][2][0]
-    shown = ('valid', 'form_entropy') if dates else ('energy', 'energy')
+    import matplotlib.pyplot as plt
+    shown = ('valid', 'form_entropy') if 'valid' in lines[0][2][0] else ('energy', 'energy')
     figure, (*axes, last) = plt.subplots(3, figsize=(5, 9), layout='constrained')
     for name in dict.fromkeys(name for name, nfe, _ in lines if nfe):
         for ax, x, y in zip(axes, ('network calls', 'ms_per_row'), shown):
             points = [np.mean([(run.get(x, nfe), run[y]) for run in runs], axis=0)
                       for other, nfe, runs in lines if other == name]
-            ax.plot(*zip(*points), 'o-', label=name)
-            ax.set(xscale='log', yscale='linear' if dates else 'log', xlabel=x, ylabel=y)
-            ax.minorticks_off()         # their labels would overlap
+            ax.plot(*zip(*points), 'o-', label=name), ax.minorticks_off()   # labels would overlap
+            ax.set(xscale='log', yscale='log' if y == 'energy' else 'linear', xlabel=x, ylabel=y)
         model, _ = load(name.replace('{seed}', '0'))
         if model.config.model == 'flm' and not is_student(model.config):
             last.plot(model.ts, model.taus, label=name)
@@ -227,15 +213,12 @@ def picture(lines, path):
 # ---- Speed: timed on the device itself after warm-up, of which compilation is part ----
 def median_time(work, device):
     """Median seconds of work(), of twenty after three."""
-    times = []
-    for i in range(23):
-        if device.type == 'cuda':
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(), work(), end.record(), end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)                        # from ms
-        else:
-            times.append(timeit.timeit(work, number=1))
-    return statistics.median(times[3:])
+    if device.type != 'cuda':
+        return statistics.median(timeit.repeat(work, number=1, repeat=23)[3:])
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(23)]
+    for start, end in events:
+        start.record(), work(), end.record(), end.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events[3:]) / 1000
 
 def machine_rates(device):
     """What the machine reaches: FLOP/s of a large product, bytes/s read or written by a copy."""
@@ -248,66 +231,83 @@ def machine_rates(device):
 
 def call_floor(model, rows, flops, bandwidth):
     """The least seconds of one network call: its weights must be read, its products computed."""
-    c = model.config
-    weights = {name: p for name, p in model.net.named_parameters() if name != 'embed'}
+    c, weights = model.config, {k: p for k, p in model.net.named_parameters() if k != 'embed'}
     # what meets every token; the time and what it modulates are computed once a row
     each = sum(p.numel() for name, p in weights.items() if not re.search('position|time|ada', name))
     L = 1 if c.model == 'ar' else c.length          # positions computed; its cache is not counted
     work = 2 * each * L + 4 * c.layers * L ** 2 * c.width                       # per row
     return max(sum(p.nbytes for p in weights.values()) / bandwidth, rows * work / flops)
 
-def speed(o, paths, device):
-    """Time to write `batch` rows in `nfe` calls, nothing given: lines of a table."""
+def new_model(kind, length, vocab, width, layers):
+    """An untrained student, flm, diffuseq, mdlm or ar, as fast as a trained one."""
+    return build(Config(vocab, length, layers, width // math.gcd(width, 64), width,
+                        model={'student': 'flm'}.get(kind, kind), two_time=kind == 'student'))
+
+def speed(o, items, device):
+    """Time to write `batch` rows, nothing given, with each MODEL@NFE,NFE: lines of a table."""
     (flops, bandwidth), lines = machine_rates(device), []
     print(f'large products {flops / 1e9:,.0f} GFLOP/s, copies {bandwidth / 1e9:,.1f} GB/s')
-    for path in paths:
-        model, _ = load(path, device)
-        if o.compile and device.type == 'cuda':
-            model.net.compile()
-        calls = [model.config.length] if model.config.model == 'ar' else o.nfe
+    try:
+        runs = json.loads(Path(o.beside).read_bytes())['runs'] if o.beside else []
+        known = {(run['model'], run['nfe']): {
+            k: statistics.mean(seed[k] for seed in run['seeds'])
+            for k in ('js2', 'energy', 'valid') if k in run['seeds'][0]} for run in runs}
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f'--beside {o.beside}: not the JSON of a quality run')
+    for name, _, calls in (item.partition('@') for item in items):
+        kind, *size = name.split(',')
+        model = (new_model(kind, *map(int, size), o.layers).to(device).eval() if size else
+                 load(name.replace('{seed}', '0'), device)[0])
+        L, ar = model.config.length, model.config.model == 'ar'
+        if o.compile and device.type == 'cuda':  # as CUDA graphs; but for ar, whose cache grows
+            torch.compiler.reset()
+            model.net.compile(mode='reduce-overhead', dynamic=None if ar else False)
+        calls = [L] if ar else calls.split(',') if calls else o.nfe
         for nfe, rows in [(int(nfe), int(rows)) for nfe in calls for rows in o.batch]:
-            nothing = torch.full((rows, model.config.length), -1, device=device)
+            nothing = torch.full((rows, L), -1, device=device)
             with autocast(device):
                 took = median_time(partial(write_rows, model, nothing, nfe), device)
             floor = nfe * call_floor(model, rows, flops, bandwidth)
-            lines.append((path, nfe, [dict(batch=rows, ms=1000 * took, rows_per_s=rows / took,
-                                           floor_ms=1000 * floor, times_floor=took / floor)]))
-            print(f'{path}, nfe {nfe}, {rows} rows: done', flush=True)
+            lines.append((name, nfe, [dict(
+                batch=rows, ms=1000 * took, rows_per_s=rows / took, floor_ms=1000 * floor,
+                times_floor=took / floor, **known.get((name, nfe), {}))]))
+            print(f'{name}, nfe {nfe}, {rows} rows: done', flush=True)
     return lines
 
 def dense_loss(model, tokens, given, tau):
     """The loss as published code computes it: one-hot rows, V normals per token, all (B, L, V)."""
     onehot, t = F.one_hot(tokens, model.config.vocab).float(), model.t_of(tau)[:, None, None]
-    h = ((1 - t) * torch.randn_like(onehot) + t * onehot) @ model.net.embed.float()
+    with torch.autocast(tokens.device.type, enabled=False):         # on GPUs this product is TF32
+        h = ((1 - t) * torch.randn_like(onehot) + t * onehot) @ model.net.embed.float()
     return -(onehot * model.predict(h, given, tau).log_softmax(-1)).sum(-1).mean(1)
 
-def training_step(o, how, name):
+def training_step(o, device, flops, how, size):
     """Forward and backward of one formulation: its time, tokens/s and peak memory, a dict."""
-    device = torch.device(name)
-    model = build(Config(o.vocab, o.length, layers=o.layers, width=o.width)).to(device)
-    if o.compile and device.type == 'cuda':
-        model.net.compile()
-    tokens = torch.randint(o.vocab, (o.rows, o.length), device=device)
-    given, tau = torch.full_like(tokens, -1), torch.rand(o.rows, device=device)
+    torch.set_float32_matmul_precision('high' if how == 'dense' else 'highest')
+    rows, length, vocab, width = map(int, size.split(','))
+    model = new_model('flm', length, vocab, width, o.layers).to(device)
+    o.compile and device.type == 'cuda' and model.net.compile()
+    tokens = torch.randint(vocab, (rows, length), device=device)
+    given, tau = torch.full_like(tokens, -1), torch.rand(rows, device=device)
+    losses = model.loss if how == 'projected' else partial(dense_loss, model)
     def work():
-        with autocast(device):
-            losses = model.loss if how == 'projected' else partial(dense_loss, model)
-            losses(tokens, given, tau).mean().backward()
-        model.zero_grad(set_to_none=True)
-    def peak():         # so far, in bytes
-        from resource import RUSAGE_SELF, getrusage
-        return (torch.cuda.max_memory_allocated() if device.type == 'cuda' else
-                1024 * getrusage(RUSAGE_SELF).ru_maxrss)
-    before, took = peak(), median_time(work, device)
-    return {'rows': o.rows, 'ms': 1000 * took, 'tokens_per_s': tokens.numel() / took,
-            'peak_GB': (peak() - before) / 1e9,     # and the share of the machine's rate it uses
-            'mfu': 3 * call_floor(model, o.rows, machine_rates(device)[0], math.inf) / took}
+        with autocast(torch.device('cpu') if how == 'dense fp32' else device):     # none on CPUs
+            loss = losses(tokens, given, tau).mean()
+        loss.backward(), model.zero_grad(set_to_none=True)
+    from resource import RUSAGE_SELF, getrusage
+    peak = (torch.cuda.max_memory_allocated if device.type == 'cuda' else       # so far, in bytes
+            lambda: 1024 * getrusage(RUSAGE_SELF).ru_maxrss)
+    before, took, n = peak(), median_time(work, device), tokens.numel()
+    return {'tokens': n, 'ms': 1000 * took, 'tokens_per_s': n / took,
+            'peak_GB': (peak() - before) / 1e9,     # and the share it uses of the machine's rate
+            'mfu': 3 * call_floor(model, rows, flops, math.inf) / took}
 
-def train_speed(o, _, device):
-    """Both formulations of a training step, each in a process of its own for its peak memory."""
+def train_speed(o, sizes, device):
+    """Each B,L,V,D and formulation, in a process of its own for its peak memory: table lines."""
+    (flops, _), kinds = machine_rates(device), ['dense', 'projected', 'dense fp32']
     with get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
-        return [(how, '', [pool.apply(training_step, (o, how, device.type))])
-                for how in ('dense', 'projected')]
+        return [(f'{how} {size}', '', [pool.apply(training_step, (o, device, flops, how, size))])
+                for size in sizes for how in kinds[:3 if device.type == 'cuda' else 2]]
 
 def table(lines):
     """[(name, nfe, [figures, one per seed])] -> a Markdown table."""
@@ -317,34 +317,34 @@ def table(lines):
         cells = []
         for key in names:
             values = [run[key] for run in runs if key in run]
-            spread = (max(values) - min(values)) / 2 if len(values) > 1 else 0
-            mean = statistics.mean(values or [0])
+            mean, spread = statistics.mean(values or [0]), max(values or [0]) - min(values or [0])
             cells.append('' if not values else f'{mean:{",.0f" if mean >= 1000 else ".3g"}}'
-                         + (f' ({spread:.2g})' if spread else ''))
+                         + (f' ({spread / 2:.2g})' if spread else ''))
         text.append(f'| {name} | {nfe} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(text)
 
 def main(o):
-    what, *paths = o.what or ('',)
-    if what not in ('quality', 'speed', 'train') or (what == 'train') == bool(paths):
-        fail('say what to measure: quality CHECKPOINTS, speed CHECKPOINTS or train')
-    numbers = map(str, (*o.nfe, *o.batch, o.rows, o.seeds, o.length, o.layers, o.per_source))
-    if (not all(n.isdecimal() and 0 < int(n) <= 10 ** 6 for n in numbers) or o.per_source > o.rows
-            or o.vocab < 8 or o.width % 8 or o.gamma > 1 or not 0.01 <= o.temperature <= 100
-            or o.sampler not in ['', *sum(SAMPLERS.values(), [])]):
-        fail('whole numbers from 1 to a million, --per-source to --rows, --vocab from 8, --width a '
-             'multiple of 8, --gamma to 1, --sampler and --temperature as for sample.py')
-    device = pick_device(o.device)
-    lines = {'quality': quality, 'speed': speed, 'train': train_speed}[what](o, paths, device)
-    print('\n' + table(lines))
+    n, (what, *items) = r'[1-9]\d{,5}', o.what or ('',)
+    size, kind = rf',{n},{n}\d,{n}[02468]', 'student|flm|diffuseq|mdlm|ar'
+    form = dict(quality='.+', speed=rf'(({kind}){size}|[^,@]+)(@{n}(,{n})*)?', train=n + size)
+    if not (what in form and items and all(re.fullmatch(form[what], item) for item in items)):
+        fail('say: quality CHECKPOINT ..., speed CHECKPOINT@NFE,NFE ... or train B,L,V,D ...')
+    numbers = map(str, (*o.nfe, *o.batch, o.rows, o.seeds, o.layers, o.per_source))
+    if (not all(re.fullmatch(n, x) for x in numbers) or o.per_source > o.rows or o.gamma > 1 or not
+            .01 <= o.temperature <= 100 or o.sampler not in ['', *sum(SAMPLERS.values(), [])]):
+        fail('whole numbers from 1 to 999999, --per-source to --rows, the rest as for sample.py')
+    device, kinds = pick_device(o.device), dict(quality=quality, speed=speed, train=train_speed)
+    print('\n' + table(lines := kinds[what](o, items, device)))
     about = {'device': torch.cuda.get_device_name() if device.type == 'cuda' else str(device),
              'torch': torch.__version__, 'threads': torch.get_num_threads(), 'options': asdict(o),
              'runs': [dict(model=str(name), nfe=nfe, seeds=runs) for name, nfe, runs in lines]}
-    out = o.out or f'out/{what}.json'
-    write_whole(out, json.dumps(about, indent=1).encode())
+    write_whole(out := o.out or f'out/{what}.json', json.dumps(about, indent=1).encode())
     if what == 'quality' and {'energy', 'valid'} & set(lines[0][2][0]):
         picture(lines, Path(out).with_suffix('.svg'))
     print(f'\nwrote {out}')
 
 if __name__ == '__main__':
-    main(OPTIONS)
+    try:
+        main(OPTIONS)
+    except ImportError as e:        # of an optional package
+        fail(f'this figure needs it: pip install {e.name}')

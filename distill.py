@@ -39,7 +39,7 @@ class Options:
     row_noise: bool = True      # diffuseq: all positions see one noise, so need not agree on theirs
     iters: int = 250            # optimiser iterations
     batch: int = 64             # rows per iteration, of all processes together
-    parts: int = 0              # parts each batch is computed in; 0: one for each process
+    parts: int = 0              # parts of a batch; 0: one for each process, or as memory needs
     optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
     lr: float = 2e-3            # peak learning rate of AdamW
     muon_lr: float = 0.01       # peak learning rate of Muon
@@ -57,7 +57,7 @@ OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else No
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from model import build, cool, is_student, load, row_mean, save  # noqa: E402
+from model import CHUNK, build, cool, is_student, load, row_mean, save, share_of  # noqa: E402
 from sample import as_rows, health, write  # noqa: E402
 from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
                            load_data, optimisers, restore, update)
@@ -120,11 +120,11 @@ def flow_map(student, teacher, o):
         with torch.no_grad():
             still, roll, between = zip(*(x.split([n, edge - n, len(h) - edge])
                                          for x in (h, given, s, t)))
-            target = [D(*still[:3]).softmax(-1)]
+            target = [D(*still[:3]).softmax(-1)] if n else []
             target += [rollout(student, D, *roll, o.rollout, steady)] if n < edge else []
             if edge < len(h):       # taught by its own legs the student may drift off its teacher
                 target.append(flow_map_target(student, D, *between, o.method, o.leg))
-        loss = row_mean(student.predict(h, given, s, t, torch.cat(target)), given)
+        loss = student.predict(h, given, s, t, torch.cat(target))               # (B,)
         groups = {'diagonal': loss[:n], 'rollout': loss[n:edge], 'between': loss[edge:]}
         return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
     return losses
@@ -146,7 +146,6 @@ def score_gap(x, real, fake, alpha=1.0, loss='sid'):
 
 class Fake(torch.nn.Module):
     """The fake denoiser psi, which follows what the student writes, with a critic in its middle."""
-
     def __init__(self, teacher):
         super().__init__()
         self.model = copy.deepcopy(teacher).requires_grad_(True)
@@ -199,7 +198,7 @@ def one_call(student, h, given, target=None):
     if student.config.two_time:
         start = torch.zeros_like(h[:, 0, 0])
         return student.predict(h, given, start, start + 1, target)
-    return student.round(student.generate(h, given), target)
+    return student.round(student.generate(h, given), target, share_of(given))
 
 @torch.no_grad()
 def hardest(student, given, n, rng):
@@ -207,7 +206,7 @@ def hardest(student, given, n, rng):
     tries = [student.begin(given, rng) for _ in range(n)]
     sure = torch.stack([row_mean(one_call(student, h, given).log_softmax(-1).amax(-1), given)
                         for h in tries])                                        # (n, B)
-    return torch.stack(tries)[sure.argmin(0), torch.arange(len(given))]
+    return torch.stack(tries)[sure.argmin(0), torch.arange(len(given), device=given.device)]
 
 def settle(student, guide, teacher, o):
     """The loss of a copy of the guide: one call is to do what guide and teacher do in several.
@@ -227,7 +226,7 @@ def settle(student, guide, teacher, o):
                 for t in (s + 0.5, s + 0.65, s + 0.8):
                     x = teacher.predict(teacher.corrupt(x, h, given, t, rng), given, t)
                 goal = teacher.round(x).softmax(-1)
-        loss = row_mean(one_call(student, h, given, goal), given).mean()
+        loss = one_call(student, h, given, goal).mean()
         return loss, {'one_call': loss.detach()}
     return losses
 
@@ -258,19 +257,22 @@ def main(o):
             or o.temperature < .01 or max(o.leg, o.diagonal, o.boundary, o.balance, o.bigrams) > 1):
         fail('--rollout, --noises: from 1 to 1000; --temperature: from 0.01 to 100; '
              '--leg, --diagonal, --boundary, --balance, --bigrams: to 1')
-    rank, world, device, stopped = join(o)
+    auto, (rank, world, device, stopped) = not o.parts, join(o)
     teacher, ckpt = load(o.teacher, device)
     if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
         fail(f'{o.teacher}: distil a teacher of flm or diffuseq, made by: python train_teacher.py')
     folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
     out = Path(o.out) if o.out else folder.parent / ('one-call' if o.guide else 'student')
-    data = o.data or ckpt['options']['data']
-    meta, train, val = load_data(data)
+    meta, train, val = load_data(data := o.data or ckpt['options']['data'])
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
         fail(f'{data} is not what {o.teacher} was trained on; name that folder by --data')
 
     torch.manual_seed(o.seed)
-    flow, others = teacher.config.model == 'flm', {}
+    flow, others = teacher.requires_grad_(False).config.model == 'flm', {}
+    # a flow's targets are dense: so many parts that (rows, L, V) of each fits, with rows enough
+    least = o.batch * meta['length'] * meta['vocab'] / 4 / CHUNK[device.type]
+    while auto and flow and o.parts < least and o.batch % (8 * o.parts) == 0:
+        o.parts *= 2
     guide = load(o.guide, device)[0].requires_grad_(False) if o.guide else None
     if guide and not (is_student(guide.config) and guide.net.embed.equal(teacher.net.embed)):
         fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
@@ -281,7 +283,6 @@ def main(o):
     # a flow map's second time starts at zero, so that every student starts as its teacher
     old = {**(guide or teacher).state_dict(), 'pairs': pairs, 'links': links}
     student.load_state_dict({name: old.get(name, x) for name, x in student.state_dict().items()})
-    teacher.requires_grad_(False)
     # the embedding spans the space both networks read and write: shared, so never trained
     for name, p in student.named_parameters():
         p.requires_grad_(name not in ('net.embed', 'bias'))
@@ -311,8 +312,7 @@ def main(o):
             fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
                  f'--resume goes on from the last save in {out}')
         if hundred:
-            log(it, **{name: x.item() / 100 for name, x in sums.items()})
-            sums.clear()
+            log(it, **{name: x.item() / 100 for name, x in sums.items()}), sums.clear()
         if due or stop:
             if flow:        # from nothing but what is saved with it: a resumed run ends alike
                 balance(ema, often, known.repeat(3, 1), o.balance, 24 if stop else 8)
@@ -323,10 +323,10 @@ def main(o):
             quality = math.prod(one.get(k, 1) for k in ('valid', 'form_entropy', 'words', 'unique'))
             if flow or quality >= best:
                 best = quality
-                if rank == 0:
-                    save(out / 'model.pt', student, ema, opts, iter=it, meta=meta,
-                         options=asdict(o), teacher=ckpt['options'], best=best, sums=dict(sums),
-                         **{name: m.state_dict() for name, m in others.items()})
+                rank == 0 and save(
+                    out / 'model.pt', student, ema, opts, iter=it, meta=meta, options=asdict(o),
+                    teacher=ckpt['options'], best=best, sums=dict(sums),
+                    **{name: m.state_dict() for name, m in others.items()})
             elif quality < best / 2:
                 fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
                      'the learning rates or raise --fake-ratio')

@@ -17,6 +17,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from prepare_data import SPECIAL, fail
 
 FORMAT = 4          # of checkpoints
-CHUNK = {'cuda': 2 ** 27, 'cpu': 2 ** 22}   # logits that exist at a time in a loss, on a device
+CHUNK = defaultdict(lambda: 2 ** 23, cuda=2 ** 27)      # logits at a time in a loss, by device
 
 @dataclass
 class Config:
@@ -66,7 +67,6 @@ def rotate(x, cos, sin):
 
 class Block(nn.Module):
     """Attention (ar: causal) and MLP, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
-
     def __init__(self, c):
         super().__init__()
         self.c = c
@@ -96,7 +96,6 @@ class Block(nn.Module):
 
 class Denoiser(nn.Module):
     """The transformer. It owns the embedding table E, in whose row space the noisy rows live."""
-
     def __init__(self, c, out):
         super().__init__()
         C = c.code or c.width
@@ -127,9 +126,10 @@ class Denoiser(nn.Module):
                       *([self.time_to[2]] if c.two_time else [])]:
             nn.init.zeros_(layer.weight)
 
-    def forward(self, h, given, tau, tau_to=None, target=None, cache=None, at=0):
+    def forward(self, h, given, tau, tau_to=None, target=None, share=None, cache=None, at=0):
         """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32.
-        With a target, ids (B, L) or p (B, L, V): the cross-entropy at each position (B, L), nats.
+        With a target, ids (B, L) or p (B, L, V): the cross-entropy of rows (B,), nats, of which a
+        position has its share (B, L); default: the mean over those not given.
         ar: with a cache (layers, 2, B, heads, length, D/heads), h is of the positions from `at`."""
         known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
         here = slice(at, at + h.shape[1])
@@ -140,7 +140,8 @@ class Denoiser(nn.Module):
             x = block(x, cond, self.cos[here], self.sin[here], kept, at)
         shift, scale = self.ada(cond)[:, None].chunk(2, dim=-1)
         x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-        return logits_or_nats(x, self.head.weight, self.head.bias, self.cap, target)
+        share = share_of(given) if share is None else share
+        return logits_or_nats(x, self.head.weight, self.head.bias, self.cap, target, share)
 
 # ---- Pure functions: the mathematics, testable on toys with known answers; t, s, u broadcast ----
 def right_token(t, K, share=1.0):
@@ -190,7 +191,6 @@ def best_row(score, links, sweeps=8):
 # ---- FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time) ----
 class Model(nn.Module):
     """What the models below have: a Config and a Denoiser."""
-
     def __init__(self, c, out=None):
         super().__init__()
         self.config, self.net = c, Denoiser(c, out or c.vocab)
@@ -201,7 +201,6 @@ class OneHotFlow(Model):
     reader    the same for who reads h = x_t E, where a token keeps C/V of its signal's energy
     measured  as `reader`, then refit: equal stretches of tau lower the loss by as many nats
     uniform   tau = t;   a number: a factor on t/(1-t) chosen by hand"""
-
     def __init__(self, c):
         super().__init__(c)
         reader = min(1, (c.code or c.width) / c.vocab) ** 0.5
@@ -226,7 +225,7 @@ class OneHotFlow(Model):
         loss = torch.cummin(torch.stack(losses), 0).values - 1e-6 * grid        # it falls
         # half of the old axis: one rough measure does little harm
         fallen = 0.5 * (loss[0] - loss) / (loss[0] - loss[-1]) + 0.5 * grid
-        self.taus.copy_(interpolate(self.taus, grid, fallen))
+        return self.taus.copy_(interpolate(self.taus, grid, fallen))
 
     def t_of(self, tau):
         return interpolate(tau, self.taus, self.ts)
@@ -237,9 +236,11 @@ class OneHotFlow(Model):
         E = self.net.embed.float()
         if min(n, len(E)) <= E.shape[1]:        # eps itself, k = V, costs less and is as small as E
             return E
-        gram = E.T @ E                                                          # (C, C)
+        with torch.autocast(E.device.type, enabled=False):      # bf16 would not be positive
+            gram = E.T @ E                                                      # (C, C)
         jitter = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        return torch.linalg.cholesky(gram + jitter).T
+        factor, bad = torch.linalg.cholesky_ex(gram + jitter)   # does not wait for a GPU
+        return factor.T / (bad == 0)            # if it failed: not finite, which ends a training
 
     def noise(self, B, L, rng=None, factor=None):
         """eps E, eps ~ N(0, I) in R^(B x L x V), without eps if that saves work: (B, L, C)."""
@@ -267,7 +268,7 @@ class OneHotFlow(Model):
         """Cross-entropy of the clean tokens, mean over positions not given: (B,), nats."""
         h = self.corrupt(tokens, given, tau, rng)
         if not self.config.squared:
-            return row_mean(self.predict(h, given, tau, target=tokens), given)
+            return self.predict(h, given, tau, target=tokens)
         p = self.predict(h, given, tau).softmax(-1)     # (B, L, V): dense, for comparisons only
         return row_mean((p - F.one_hot(tokens, p.shape[-1])).square().sum(-1), given)
 
@@ -284,9 +285,9 @@ class OneHotFlow(Model):
     def read(self, p, given):
         """Tokens (B, L) of predictions p (B, L, V): the likeliest at each position, or with bigrams
         the likeliest row when neighbours count, too: alone, two may take halves of two answers."""
-        score, ids = (p * self.rare).topk(8 if self.config.bigrams else 1)
         if not self.config.bigrams:
-            return ids[..., 0]
+            return (p * self.rare).argmax(-1)
+        score, ids = (p * self.rare).topk(8)
         ids = torch.where(given[..., None] < 0, ids, given[..., None])          # (B, L, 8)
         pairs = ids[:, :-1, :, None] * self.config.vocab + ids[:, 1:, None]     # (B, L-1, 8, 8)
         at = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
@@ -294,12 +295,12 @@ class OneHotFlow(Model):
         return ids.gather(-1, best_row(score.log(), links)[..., None])[..., 0]
 
     def calls(self, given, nfe, rng, choose, sampler='euler', gamma=0.0):
-        """Yield what each network call would write; choose(logits) -> p, both (B, L, V).
+        """Yield at each network call a function: () -> what it would write; choose(logits) -> p.
         sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
         gamma    0: follow the flow; up to 1: predict the data, then noise again (not at nfe 1)"""
         factor, last = self.noise_factor(given.numel()), None
         h = clean = self.begin(given, rng, factor)                              # tau = 0
-        for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)):
+        for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)[:, None]):
             t = self.t_of(then)
             # gamma: land nearer the data, at r, so that scaling by t/r leaves room for fresh noise:
             # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
@@ -307,8 +308,8 @@ class OneHotFlow(Model):
             to = interpolate(r, self.ts, self.taus) if gamma else then
             now, to = (x.expand(len(given)) for x in (now, to))
             p = choose(self.predict(h, given, now, to if self.config.two_time else None), now[0])
-            tokens = draw(p, rng) if sampler == 'bridge' else self.read(p, given)
-            yield tokens
+            tokens = draw(p, rng) if sampler == 'bridge' else None
+            yield lambda: self.read(p, given) if tokens is None else tokens
             if sampler == 'bridge':
                 e, s = self.net.embed[tokens].float(), self.t_of(now)[:, None, None]
                 h = bridge(h, e, s, t, self.noise(*given.shape, rng, factor))
@@ -349,9 +350,9 @@ class EmbeddingDiffusion(Model):
         nn.init.normal_(self.net.embed)             # of the size of the noise
         self.bias = nn.Parameter(torch.zeros(c.vocab))
 
-    def round(self, x, target=None):
-        """Logits (B, L, V) of the tokens that x (B, L, C) may stand for; see Denoiser."""
-        return logits_or_nats(x.float(), self.net.embed.float(), self.bias, 0, target)
+    def round(self, x, target=None, share=None):
+        """Logits (B, L, V) of the tokens that x (B, L, C) may stand for, or nats; see Denoiser."""
+        return logits_or_nats(x.float(), self.net.embed.float(), self.bias, 0, target, share)
 
     def predict(self, x_t, given, t):
         """The clean x (B, L, C) seen from x_t at time t (B,)."""
@@ -372,8 +373,9 @@ class EmbeddingDiffusion(Model):
         guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
-        anchor = row_mean(self.round(guess, tokens), given) if self.config.anchor else 0
-        return error + self.round(x, tokens).mean(1) + self.config.anchor * anchor
+        error = error + self.round(x, tokens, 0 * given + 1 / x.shape[1])
+        anchor = self.round(guess, tokens, share_of(given)) if self.config.anchor else 0
+        return error + self.config.anchor * anchor
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
@@ -391,7 +393,7 @@ class EmbeddingDiffusion(Model):
         x_t = clean = self.begin(given, rng)
         for s, t in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=x_t.device)):
             x = self.predict(x_t, given, s.expand(len(given)))
-            yield choose(self.round(x)).argmax(-1)
+            yield lambda: choose(self.round(x)).argmax(-1)
             x_t = (ddim(x_t, x, s, t) if sampler == 'ddim' else
                    ancestral(x_t, x, s, t, self.noise(clean, rng)))
             x_t = torch.where(given[..., None] < 0, x_t, clean)
@@ -400,26 +402,24 @@ class EmbeddingDiffusion(Model):
 class MaskedDiffusion(Model):
     """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
 
-    def predict(self, seen, target=None, **cache):
+    def predict(self, seen, **how):
         """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked, or nats."""
         h = torch.where(seen[..., None] < 0, 0, self.net.embed[seen.clamp(min=0)])
-        return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), None, target, **cache)   # no time
+        return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), **how)           # it knows no time
 
     def loss(self, tokens, given, t, rng=None):
         """Bound on -log p, nats per position not given: that of masked ones over 1 - t (B,)."""
         hide = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
         seen = torch.where(hide & (given < 0), -1, tokens)
-        loss = self.predict(seen, tokens) / (1 - t[:, None]).clamp(min=1e-3)
-        return row_mean(torch.where(seen < 0, loss, 0), given)
+        share = share_of(given) * (seen < 0) / (1 - t[:, None]).clamp(min=1e-3)
+        return self.predict(seen, target=tokens, share=share)
 
     def calls(self, given, nfe, rng, choose):
         """As a flow's calls: each writes a share of the masks."""
-        seen, p = given, None
+        seen = given
         for s, t in pairwise(torch.linspace(0, 1, nfe + 1, device=given.device)):
-            if p is None or now.any():          # else nothing was written: the guess stays
-                p = choose(self.predict(seen))
-            tokens = draw(p, rng)
-            yield torch.where(seen < 0, tokens, seen)
+            tokens = draw(choose(self.predict(seen)), rng)
+            yield lambda: torch.where(seen < 0, tokens, seen)
             # of the masks left at time s a share of (t - s) / (1 - s) goes by time t
             now = torch.rand(given.shape, generator=rng, device=given.device) < (t - s) / (1 - s)
             now, seen = now & (seen < 0), torch.where(now & (seen < 0), tokens, seen)
@@ -430,17 +430,17 @@ class Autoregressive(MaskedDiffusion):
     def loss(self, tokens, given, tau=None, rng=None):
         """-log p of each token given all before it, mean over positions not given: (B,), nats."""
         before = F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab - 1)
-        return row_mean(self.predict(before, tokens), given)
+        return self.predict(before, target=tokens, share=share_of(given))
 
     def calls(self, given, nfe, rng, choose):
         """As a flow's calls, but L of them, whatever nfe says."""
-        c, (B, L) = self.config, given.shape
-        cache = self.net.head.weight.new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
+        c, (B, L), W = self.config, given.shape, self.net.head.weight[:0]
+        cache = F.linear(W, W).new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
         row = torch.full((B, L + 1), c.vocab - 1, device=given.device)          # <bos> and the row
         for at in range(L):
             p = choose(self.predict(row[:, at:at + 1], cache=cache, at=at))
             row[:, at + 1] = torch.where(given[:, at] < 0, draw(p, rng)[:, 0], given[:, at])
-            yield row[:, 1:]
+            yield lambda: row[:, 1:]
 
 # ---- What the models share ----
 def build(config):
@@ -449,81 +449,81 @@ def build(config):
             'ar': Autoregressive}[config.model](config)
 
 @torch.no_grad()
-def write_rows(model, given, nfe, rng=None, temperature=1.0, watch=lambda *_: 0, **how):
+def write_rows(model, given, nfe, rng=None, temperature=1.0, watch=None, **how):
     """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
-    temperature: see cool; watch(i, tokens) sees what a call writes."""
+    temperature: see cool; watch(i, tokens) sees what a call writes: without it only the last."""
     def choose(logits, tau=1):
         logits = cool(logits, tau, temperature)
         logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
         return logits.softmax(-1)
     nfe = given.shape[1] if model.config.model == 'ar' else nfe
     # in this order zip does not ask for a state after the last call
-    for i, tokens in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
-        tokens = torch.where(given < 0, tokens, given)
-        watch(i, tokens)
+    for i, read in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
+        tokens = torch.where(given < 0, read(), given) if watch or i == nfe - 1 else None
+        watch and watch(i, tokens)
     return tokens
 
 def is_student(config):
     """Whether a model has been distilled: a flow map, or a generator that starts late."""
     return config.two_time or config.start > 0
 
+def share_of(given):
+    """What each position not given has in the mean of its row: (B, L)."""
+    return (given < 0) / (given < 0).sum(1, keepdim=True).clamp(min=1)
+
 def row_mean(x, given):
     """Mean of x (B, L) over the positions not given: (B,)."""
-    return torch.where(given < 0, x, 0).sum(1) / (given < 0).sum(1).clamp(min=1)
+    return (x * share_of(given)).sum(1)
 
 def cool(logits, tau, temperature):
     """Logits at a temperature that a flow comes to from 1 along tau; others are at tau = 1."""
     return logits / (1 + (temperature - 1) * tau)       # early guesses, means of many texts, stay
 
 def draw(p, rng=None):
-    """One token per position: (B, L, V) -> (B, L)."""
-    return torch.multinomial(p.flatten(0, 1), 1, generator=rng).view(p.shape[:-1])
+    """One token per position: (B, L, V) -> (B, L). torch.multinomial would wait for a GPU."""
+    return (p / torch.empty_like(p).exponential_(generator=rng)).argmax(-1)
 
 def logits(y, weight, bias, cap):
     """y W^T + b in fp32, softly capped if `cap` is not 0: (..., D) -> (..., V)."""
     x = F.linear(y, weight, bias).float()
     return x.div_(cap).tanh_() * cap if cap else x
 
+@torch.compiler.allow_in_graph          # dynamo itself does not trace all of it
 class CrossEntropy(torch.autograd.Function):
-    """Logits of y (n, D) against ids (n,) or p (n, V): (n,), nats, in fp32; a CHUNK of
-    logits at a time, and once more for the gradients; two are kept. No large (n, V)."""
-
+    """Share (n,) of the nats of ids (n,) or p (n, V) under logits of y (n, D): (n,), fp32.
+    A CHUNK of logits at a time, and each only once: its gradients are taken on the spot, no (n, V)
+    is kept. Therefore all positions must count alike in what is minimised, but for their share."""
     @staticmethod
-    def forward(ctx, y, weight, bias, cap, target):
-        n = max(1, CHUNK.get(y.device.type, 2 ** 22) // len(weight))
-        ctx.cap, ctx.n, norm, right = cap, n if len(y) > 2 * n else len(y), [], []
-        for y_n, aim in zip(y.split(ctx.n), target.split(ctx.n)):
-            x = logits(y_n, weight, bias, cap)
-            norm.append(x.logsumexp(-1))
-            right.append(x.gather(1, aim[:, None])[:, 0] if aim.ndim == 1 else (x * aim).sum(-1))
-        norm, kept = torch.cat(norm), x if ctx.n == len(y) else None
-        ctx.save_for_backward(y, weight, bias, target, norm, kept)
-        return norm - torch.cat(right)
+    def forward(ctx, y, weight, bias, cap, target, share):
+        n = max(1, CHUNK[y.device.type] // len(weight))
+        nats, y_grad, w_grad, b_grad = [], [], torch.zeros_like(weight, dtype=torch.float32), 0
+        for y_n, aim, s in zip(*(x.split(n) for x in (y, target, share[:, None]))):
+            x, ids = logits(y_n, weight, bias, cap), aim[:, None]
+            p = x - x.logsumexp(-1, keepdim=True)   # log_softmax, but torch 2.13 compiles that wrong
+            nats.append(-s * (p.gather(1, ids) if aim.ndim == 1 else (p * aim).sum(1, True)))
+            if ctx.needs_input_grad[0]:
+                p = p.exp_().mul_(s)        # (softmax - target) times share, times the cap's slope
+                p.scatter_add_(1, ids, -s) if aim.ndim == 1 else p.addcmul_(s, aim, value=-1)
+                cap and p.addcmul_(p, x.div_(cap).square_(), value=-1)
+                b_grad, p = b_grad + p.sum(0), p.to(y.dtype)
+                y_grad.append(p @ weight)
+                w_grad += (p.T @ y_n).float()
+        ctx.needs_input_grad[0] and ctx.save_for_backward(torch.cat(y_grad), w_grad, b_grad)
+        return torch.cat(nats)[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        y, weight, bias, target, norm, kept = ctx.saved_tensors
-        y_grad, w_grad, b_grad = [], torch.zeros_like(weight, dtype=torch.float32), 0
-        for y_n, aim, z, g in zip(*(a.split(ctx.n) for a in (y, target, norm, grad))):
-            x = logits(y_n, weight, bias, ctx.cap) if kept is None else kept.clone()
-            p = (x - z[:, None]).exp_()             # softmax minus target, times the cap's slope
-            p.sub_(aim) if aim.ndim > 1 else p.scatter_(1, aim[:, None], -1, reduce='add')
-            p *= g[:, None]
-            if ctx.cap:
-                p.addcmul_(p, x.div_(ctx.cap).square_(), value=-1)
-            b_grad, p = b_grad + p.sum(0), p.to(y.dtype)
-            y_grad.append(p @ weight)
-            w_grad += p.T @ y_n
-        return torch.cat(y_grad), w_grad.to(weight.dtype), b_grad.to(bias.dtype), None, None
+        torch._assert_async((grad == grad[0]).all())        # without waiting for a GPU
+        return *(x * grad[0] for x in ctx.saved_tensors), None, None, None
 
-def logits_or_nats(y, weight, bias, cap, target):
-    """Logits (B, L, V) of y (B, L, D), or with a target their cross-entropy (B, L)."""
+def logits_or_nats(y, weight, bias, cap, target, share):
+    """Logits (B, L, V) of y (B, L, D), or with a target and shares (B, L) nats of rows (B,)."""
     if target is None:
         return logits(y, weight, bias, cap)
-    kind = y.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else y.dtype
+    dtype = F.linear(y[:0], weight[:0]).dtype       # that of products, under autocast, too
     y, weight, bias = (x.to(dtype) for x in (y.flatten(0, 1), weight, bias))
-    return CrossEntropy.apply(y, weight, bias, cap, target.flatten(0, 1)).view(target.shape[:2])
+    nats = CrossEntropy.apply(y, weight, bias, cap, target.flatten(0, 1), share.flatten())
+    return nats.view(share.shape).sum(1)
 
 # ---- Tokenizers, files and checkpoints: tensors and plain values only ----
 def encoding(spec):

@@ -109,7 +109,8 @@ def pick_device(name):
 def autocast(device):
     """bf16 where the GPU has it, fp32 elsewhere."""
     on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    # uncached: a cached cast of weights would outlive their update, or lack their gradient
+    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
 def generator(device, *key):
     """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
@@ -182,7 +183,6 @@ def update(model, ema, opts, it, o):
 
 class Log:
     """One progress line with ETA on the terminal, the same record in <out>/log.jsonl."""
-
     def __init__(self, out, o, start=0):
         self.o, self.start, self.began = o, start, time.time()
         try:
@@ -249,8 +249,8 @@ def main(o):
             log(it, loss=(bins[0].sum() / bins[1].sum()).item(), norm_max=bins[2, 0].item(),
                 norm=norm.item(), bins=[round(x, 3) for x in (bins[0] / bins[1]).tolist()])
             if o.axis == 'measured' and o.model == 'flm' and 2 * it <= o.iters:
-                model.refit(*(x[:32] for x in batch[:2]), seed=it)
-                ema.taus.copy_(model.taus)
+                with autocast(device):
+                    ema.taus.copy_(model.refit(*(x[:32] for x in batch[:2]), seed=it))
             bins.zero_()
         if due or it == o.iters:
             log(it, val=validate(ema, val, meta, device))

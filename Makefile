@@ -105,11 +105,12 @@ dates-diffuseq: data/dates
 
 # after make frontier; an untrained model is as fast as a trained one
 speed:
-	$(PY) bench.py train 1,128,50257,256 16,128,50257,256 64,128,50257,256 16,128,8192,256 16,128,1024,256 \
-	  32,64,8192,256 4,512,8192,256 2,1024,8192,256 16,128,8192,512 16,128,1024,512 64,128,1024,512 --out assets/train.json
+	$(PY) bench.py train 1,128,50257,256 16,128,50257,256 16,128,8192,256 16,128,1024,256 32,64,8192,256 \
+	  4,512,8192,256 2,1024,8192,256 16,128,8192,512 16,128,1024,512 --out assets/train.json
+	$(PY) bench.py train 64,128,50257,256 64,128,1024,512 --out assets/train-8k.json
 	$(PY) bench.py speed 'out/{seed}/flm/student@1,4' 'out/{seed}/flm/teacher@32,128,1024' 'out/{seed}/mdlm@8,64' \
 	  'out/{seed}/ar' diffuseq,32,2048,128@50,2000 --batch 1 8 --beside assets/pydocs.json --out assets/speed.json
-	$(PY) bench.py speed out/0/flm/student out/0/flm/alone --nfe 1 --batch 1 8 64 256 --out assets/read.json
+	$(PY) bench.py speed out/0/flm/student@1 --batch 1 8 64 256 --out assets/one.json
 
 weights:
 	$(PY) sample.py out/long/flm/student --export assets/pydocs-student.pt

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from prepare_data import SPECIAL, fail
 
 FORMAT = 4          # of checkpoints
-CHUNK = defaultdict(lambda: 2 ** 23, cuda=2 ** 27)      # logits at a time in a loss, by device
+CHUNK = defaultdict(lambda: 2 ** 22, cuda=2 ** 27)      # logits at a time in a loss, by device
 
 @dataclass
 class Config:
@@ -373,9 +373,8 @@ class EmbeddingDiffusion(Model):
         guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
         error = row_mean((guess - x).square().mean(-1), given)
         # without the rounding term all embeddings would shrink to one point, error 0
-        error = error + self.round(x, tokens, 0 * given + 1 / x.shape[1])
-        anchor = self.round(guess, tokens, share_of(given)) if self.config.anchor else 0
-        return error + self.config.anchor * anchor
+        error, a = error + self.round(x, tokens, 0 * given + 1 / x.shape[1]), self.config.anchor
+        return error + (a * self.round(guess, tokens, share_of(given)) if a else 0)
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
@@ -422,7 +421,7 @@ class MaskedDiffusion(Model):
             yield lambda: torch.where(seen < 0, tokens, seen)
             # of the masks left at time s a share of (t - s) / (1 - s) goes by time t
             now = torch.rand(given.shape, generator=rng, device=given.device) < (t - s) / (1 - s)
-            now, seen = now & (seen < 0), torch.where(now & (seen < 0), tokens, seen)
+            seen = torch.where(now & (seen < 0), tokens, seen)
 
 class Autoregressive(MaskedDiffusion):
     """Writes from left to right: at each position it sees those before, and predicts its token."""
@@ -488,7 +487,7 @@ def logits(y, weight, bias, cap):
     x = F.linear(y, weight, bias).float()
     return x.div_(cap).tanh_() * cap if cap else x
 
-@torch.compiler.allow_in_graph          # dynamo itself does not trace all of it
+@torch.compiler.allow_in_graph          # torch 2.13 fails to trace inside
 class CrossEntropy(torch.autograd.Function):
     """Share (n,) of the nats of ids (n,) or p (n, V) under logits of y (n, D): (n,), fp32.
     A CHUNK of logits at a time, and each only once: its gradients are taken on the spot, no (n, V)
@@ -499,7 +498,7 @@ class CrossEntropy(torch.autograd.Function):
         nats, y_grad, w_grad, b_grad = [], [], torch.zeros_like(weight, dtype=torch.float32), 0
         for y_n, aim, s in zip(*(x.split(n) for x in (y, target, share[:, None]))):
             x, ids = logits(y_n, weight, bias, cap), aim[:, None]
-            p = x - x.logsumexp(-1, keepdim=True)   # log_softmax, but torch 2.13 compiles that wrong
+            p = x - x.logsumexp(-1, keepdim=True)   # log_softmax; torch 2.13 compiles that wrong
             nats.append(-s * (p.gather(1, ids) if aim.ndim == 1 else (p * aim).sum(1, True)))
             if ctx.needs_input_grad[0]:
                 p = p.exp_().mul_(s)        # (softmax - target) times share, times the cap's slope
@@ -508,6 +507,7 @@ class CrossEntropy(torch.autograd.Function):
                 b_grad, p = b_grad + p.sum(0), p.to(y.dtype)
                 y_grad.append(p @ weight)
                 w_grad += (p.T @ y_n).float()
+                x = p = None            # gone before the next ones come
         ctx.needs_input_grad[0] and ctx.save_for_backward(torch.cat(y_grad), w_grad, b_grad)
         return torch.cat(nats)[:, 0]
 

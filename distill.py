@@ -1,350 +1,683 @@
-"""Distil a teacher into a student that writes in one network call.
+"""
+Distil a teacher into a student that writes in one network call.
 
-    python distill.py                                   # out/pydocs/teacher -> out/pydocs/student
-    python distill.py out/dates/teacher --guide out/dates/student       # a student, once more
+    python distill.py                                   # the newest teacher
+    python distill.py out/dates/teacher --guide out/dates/student    # a student, refined
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
 
 A flow's student is the teacher plus a second time: it learns delta_{s,t}, the text to aim at in one
-jump from time s to a later t; delta_{0,1} turns noise into text. A diffusion's is a generator
-trained by score distillation. Writes <out>/model.pt and <out>/log.jsonl.
+jump from time s to a later t; delta_{0,1} turns noise into text (FMLM, arXiv:2602.16813). A
+diffusion's student is a generator trained by score distillation (DLM-One, arXiv:2506.00290).
+Writes <out>/model.pt and <out>/log.jsonl.
 """
+
+import argparse
 import copy
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+import shlex
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
-from prepare_data import fail, parse
+import torch
+import torch.nn.functional as F
 
-@dataclass
-class Options:
-    teacher: str = 'out/pydocs/teacher'     # folder or model.pt of the teacher
-    out: str = ''               # folder to write to; default student, beside it (--guide: one-call)
-    data: str = ''              # folder made by prepare_data.py; default: the teacher's
-    method: str = 'rollout'     # flow: rollout | lagrangian | semigroup | eulerian: flow_map_target
-    rollout: int = 8            # flow: teacher's calls to copy, by other methods only for (0, 1)
-    leg: float = 0.1            # flow: length of the teacher's leg in tau, as a share of t - s
-    diagonal: float = 0.25      # flow: share of rows at s = t
-    boundary: float = 0.5       # flow: of the others, share at (s, t) = (0, 1), the one-call map
-    temperature: float = 0.75   # flow: of the teacher at tau = 1, to which it falls from 1
-    balance: float = 0.2        # flow: power in weighing one call's tokens, see balance; 0: none
-    bigrams: float = 0.5        # flow: weight of the data's pairs of neighbours in a call's text
-    guide: str = ''             # a frozen student: a copy learns its jump and a look in one call
-    noises: int = 3             # --guide: noises per row, of which the hardest is learnt
-    loss: str = 'sid'           # diffuseq: sid | dmd, see score_gap
-    alpha: float = 1.0          # diffuseq, sid: quality against diversity, 0.5 to 1.2
-    fake_ratio: int = 1         # diffuseq: updates of the fake denoiser for each of the student
-    adversarial: float = 0.0    # diffuseq: weight of the critic; with --guide: its stage 2
-    score_lr: float = 3e-4      # diffuseq: learning rate of both networks (Adam)
-    row_noise: bool = True      # diffuseq: all positions see one noise, so need not agree on theirs
-    iters: int = 250            # optimiser iterations
-    batch: int = 64             # rows per iteration, of all processes together
-    parts: int = 0              # parts of a batch; 0: one for each process, or as memory needs
-    optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
-    lr: float = 2e-3            # peak learning rate of AdamW
-    muon_lr: float = 0.01       # peak learning rate of Muon
-    warmup: int = 50            # iterations of linear warm-up
-    decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
-    ema: float = 0.999          # decay of the averaged weights, which samples are drawn with
-    eval_every: int = 200       # iterations between samples at 1, 2 and 4 calls; each one saves
-    resume: bool = False        # go on from <out>/model.pt
-    seed: int = 0               # of batches and noise
-    device: str = ''            # cpu, cuda or mps; default the best there is
-    compile: bool = True        # torch.compile, on CUDA only
+from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, fail, first_leg_weight,
+                   generator, is_student, load, row_mean, save, share_of, write_rows)
+from prepare_data import (Parser, as_rows, count, health, load_dataset, positive, rate, run_script,
+                          to_texts)
+from prepare_data import share as share_type
+from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
+                           get_batch, make_optimisers, preset_adder, restore, set_parts,
+                           start_processes, update)
 
-OPTIONS = parse(Options, positional='teacher') if __name__ == '__main__' else None
+# -----------------------------------------------------------------------------
+# Options
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+# ours, for minutes on a CPU: copies of the teacher's own way, more rows at (0, 1), higher rates
+LAPTOP = dict(
+    method='rollout', diagonal=0.25, boundary=0.5, given=0.1, dropout=0.0, row_noise=True,
+    iters=250, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
+    ema=0.999, eval_every=200)
+LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4}
 
-from model import CHUNK, build, cool, is_student, load, row_mean, save, share_of  # noqa: E402
-from sample import as_rows, health, write  # noqa: E402
-from train_teacher import (Log, add_up, autocast, generator, get_batch, join,  # noqa: E402
-                           load_data, optimisers, restore, update)
+# FMLM, arXiv:2602.16813
+PAPER = dict(
+    method='semigroup', diagonal=0.5, boundary=1 / 32, given=0.0, dropout=0.1, row_noise=False,
+    iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95, clip=1.0, warmup=2500,
+    decay=0.0, ema=0.9999, eval_every=5000)
+# SiD, arXiv:2404.04057, on a teacher of DiffuSeq's; DLM-One's number of iterations is not known
+PAPER_SCORE = {
+    **PAPER, 'dropout': 0.0, 'iters': 50_000, 'lr': 1e-5, 'beta2': 0.999, 'clip': 0.0, 'warmup': 0}
 
-# ---- FMLM: the flow map, learnt from the teacher and from the student's own shorter legs ----
-def time_pairs(B, o, rng, device):
-    """(tau_s, tau_t), each (B,), n and edge: rows :n lie at s = t, n:edge are to be rolled out.
-    Some lie at (0, 1), others at t - s ~ U(0, 1), s ~ U(0, 1 - (t - s)), as in arXiv:2602.16813."""
-    n = round(B * o.diagonal)
-    edge = min(B, n + max(1, round((B - n) * o.boundary))) if o.boundary else n
-    u = torch.rand(2, B, generator=rng, device=device)
-    s, t = u[1] * (1 - u[0]), u[1] * (1 - u[0]) + u[0]
-    s[:n] = t[:n] = (u[0, 0] + torch.arange(n, device=device) / max(1, n)) % 1      # stratified
-    s[n:edge], t[n:edge] = 0, 1
-    return s, t, n, B if o.method == 'rollout' else edge if o.rollout else n
+PRESETS = {
+    ('laptop', 'flow map'): LAPTOP,
+    ('laptop', 'score'): LAPTOP_SCORE,
+    ('laptop', 'refine'): LAPTOP,
+    ('paper', 'flow map'): PAPER,
+    ('paper', 'score'): PAPER_SCORE,
+    ('paper', 'refine'): PAPER,
+}
 
-def semigroup_weight(student, *taus):
-    """g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), arXiv:2602.16813."""
-    s, u, t = (student.t_of(tau)[:, None, None] for tau in taus)
-    return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
 
-@torch.no_grad()
-def flow_map_target(student, teacher, h, given, s, t, method, leg):
-    """What delta_{s,t}(h) should be, from two shorter legs s -> u -> t: (B, L, V), rows sum to 1.
-    lagrangian  u close to t, the last leg by the teacher:  delta_{u,t} ~ D_u
-    eulerian    u close to s, the first leg by the teacher: delta_{s,u} ~ D_s
-    semigroup   u in the middle, both legs by the student
-    One formula for the three (see semigroup_weight), no derivative, and always in the simplex."""
-    u = s + {'semigroup': 0.5, 'lagrangian': 1 - leg, 'eulerian': leg}[method] * (t - s)
-    first = teacher(h, given, s) if method == 'eulerian' else student.predict(h, given, s, u)
-    first = first.softmax(-1)
+def parse(argv=None):
+    """The options of a command line; those without a value get it from the preset, see main."""
+    parser = Parser(description=__doc__)
+    add = preset_adder(parser, LAPTOP, PAPER)
+    # what and where
+    add('teacher', nargs='?', default='',
+        help='folder or .pt file of the teacher; default: the newest out/*/teacher')
+    add('--out', default='', help='folder to write to; default: student, beside the teacher')
+    add('--data', default='', help="folder made by prepare_data.py; default: the teacher's")
+    add('--preset', choices=['laptop', 'paper'],
+        help='whose settings; default: paper on a GPU, laptop on a CPU')
+    # flow map
+    add('--method', choices=['semigroup', 'lagrangian', 'eulerian', 'rollout'],
+        help='flow: where the targets of a jump come from')
+    add('--diagonal', type=share_type, help='flow: share of rows at s = t')
+    add('--boundary', type=share_type, help='flow: of the others, share at (s, t) = (0, 1)')
+    add('--leg', type=share_type, default=0.1,
+        help="flow: length of the teacher's leg, as a share of t - s (lagrangian, eulerian)")
+    add('--rollout', type=positive, default=8, help="flow: the teacher's calls that are copied")
+    # score distillation
+    add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
+    add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
+    add('--fake-ratio', type=positive, default=1, help="diffusion: the fake's updates per student's")
+    add('--adversarial', type=rate, default=0.0, help='diffusion: weight of the critic (stage 2)')
+    add('--row-noise', action=argparse.BooleanOptionalAction,
+        help='diffusion: one noise for all of a row')
+    # refining
+    add('--guide', default='', help='a student that stays as it is: a copy of it is refined')
+    add('--noises', type=positive, default=3, help='--guide: of so many noises the hardest is learnt')
+    # the optimiser
+    add('--given', type=share_type,
+        help='share of rows without a source that get random given tokens')
+    add('--dropout', type=share_type, help='on attention-out and MLP-out')
+    add('--iters', type=count, help='iterations of the optimiser')
+    add('--batch', type=positive, help='rows per iteration, of all processes together')
+    add('--optimiser', choices=['muon', 'adamw'], help='for flow maps and refining, as in training')
+    add('--lr', type=rate, help='peak learning rate of AdamW (of Adam in score distillation)')
+    add('--muon-lr', type=rate, default=0.01, help='peak learning rate of Muon')
+    add('--beta2', type=share_type, help='of AdamW')
+    add('--clip', type=rate, help='largest norm of the gradient; 0: any')
+    add('--warmup', type=count, help='iterations of linear warm-up')
+    add('--decay', type=share_type, help='last share of the run, over which rates fall to 0')
+    add('--ema', type=share_type, help='decay of the averaged weights, which samples use')
+    # the run
+    add_run_options(add)
+    return parser.parse_args(argv)
+
+
+# -----------------------------------------------------------------------------
+# Part 1. FMLM: the flow map, from the teacher at s = t and from shorter jumps elsewhere
+
+def time_pairs(n, diagonal, boundary, cpu):
+    """
+    tau_s <= tau_t for n rows, each (n,), and what is asked of them (n,): 0 for s = t, 1 for (0, 1),
+    2 for jumps in between, in this order. Shares are of the whole batch. arXiv:2602.16813.
+    """
+    u = torch.rand(2, n, generator=cpu)
+    # t - s ~ U(0, 1), then s ~ U(0, 1 - (t - s))
+    s = u[1] * (1 - u[0])
+    t = s + u[0]
+    kind = torch.full((n,), 2)
+
+    # s = t, spread evenly over [0, 1)
+    still = round(n * diagonal)
+    s[:still] = (u[0, 0] + torch.arange(still) / max(1, still)) % 1
+    t[:still] = s[:still]
+    kind[:still] = 0
+
+    # all the way in one jump, at least one row if any are wanted
+    if boundary > 0:
+        edge = min(n, still + max(1, round((n - still) * boundary)))
+        s[still:edge] = 0
+        t[still:edge] = 1
+        kind[still:edge] = 1
+    return s, t, kind
+
+
+def two_legs(flow, first, last, s, u, t):
+    """delta_{s,t} from the texts that its legs s -> u and u -> t aim at: (B, L, V)."""
+    s, u, t = [flow.t_of(tau)[:, None, None] for tau in (s, u, t)]
+    g = first_leg_weight(s, u, t)
+    return g * first + (1 - g) * last
+
+
+def semigroup_target(student, teacher, h, given, s, t, o):
+    """delta_{s,t}(h) by two jumps of the student itself, u half way: arXiv:2602.16813, PSD."""
+    u = s + 0.5 * (t - s)
+    first = student.predict(h, given, s, u).softmax(-1)
     h_u = student.jump(h, first, given, s, u)
-    last = teacher(h_u, given, u) if method == 'lagrangian' else student.predict(h_u, given, u, t)
-    g = semigroup_weight(student, s, u, t)                                          # 0 at t = 1
-    return g * first + (1 - g) * last.softmax(-1)
+    last = student.predict(h_u, given, u, t).softmax(-1)
+    return two_legs(student, first, last, s, u, t)
 
-def rollout(student, teacher, h, given, s, t, calls, steady=False):
-    """delta_{s,t}(h), as the teacher finds it in so many calls from s to t: (B, L, V).
-    steady: its guess changes evenly along tau, and may go on as it changed last (sampler ab2)."""
-    p = mean = 0
-    for i in range(calls):
-        now, then = (s + (t - s) * k / calls for k in (i, i + 1))
-        p, last = teacher(h, given, now).softmax(-1), p
-        way = p + 0.5 * (p - last) if steady and 0 < i < calls - 1 else p
-        h = student.jump(h, way, given, now, then)
-        g = semigroup_weight(student, s, now, then)
-        mean = g * mean + (1 - g) * way
-    return mean
 
-def cooled(teacher, T):
-    """The teacher's D_tau(h), logits (B, L, V), at a temperature that falls, see model.cool."""
-    return lambda h, given, tau: cool(teacher.predict(h, given, tau), tau[:, None, None], T)
+def lagrangian_target(student, teacher, h, given, s, t, o):
+    """
+    delta_{s,t}(h) by a jump of the student to u close to t, where the teacher looks:
+    delta_{u,t} ~ D_u. The Lagrangian equation of arXiv:2602.16813 in a finite step, without
+    derivatives and always in the simplex.
+    """
+    u = t - o.leg * (t - s)
+    first = student.predict(h, given, s, u).softmax(-1)
+    h_u = student.jump(h, first, given, s, u)
+    last = teacher.predict(h_u, given, u).softmax(-1)
+    return two_legs(student, first, last, s, u, t)
 
-def flow_map(student, teacher, o):
-    """The student's loss of one iteration, as a function of tokens, given and generator."""
-    D, steady = cooled(teacher, o.temperature), student.config.axis == 'measured'
-    def losses(tokens, given, rng):
-        s, t, n, edge = time_pairs(len(tokens), o, rng, tokens.device)
-        h = student.corrupt(tokens, given, s, rng)
+
+def eulerian_target(student, teacher, h, given, s, t, o):
+    """
+    delta_{s,t}(h) by a step of the teacher to u close to s, delta_{s,u} ~ D_s, and a jump of the
+    student from there: the Eulerian equation (consistency) in a finite step.
+    """
+    u = s + o.leg * (t - s)
+    first = teacher.predict(h, given, s).softmax(-1)
+    h_u = student.jump(h, first, given, s, u)
+    last = student.predict(h_u, given, u, t).softmax(-1)
+    return two_legs(student, first, last, s, u, t)
+
+
+class FlowMap:
+    """The loss of a flow's student."""
+
+    def __init__(self, student, teacher, o):
+        self.student = student
+        self.teacher = teacher
+        self.o = o
+        targets = {'semigroup': semigroup_target, 'lagrangian': lagrangian_target,
+                   'eulerian': eulerian_target, 'rollout': rollout_target}
+        self.target = targets[o.method]
+
+    def times(self, n, cpu):
+        return time_pairs(n, self.o.diagonal, self.o.boundary, cpu)
+
+    def __call__(self, tokens, given, times, rng):
+        """
+        Cross-entropy of delta_{s,t} under what it should be, for tokens and given (B, L) -> mean
+        in nats, and what to log: for each kind of row sum and number.
+        """
+        s, t, kind = times
+        # on the CPU, so that no GPU is waited for
+        sizes = torch.bincount(kind, minlength=3).tolist()
+        s = s.to(tokens.device)
+        t = t.to(tokens.device)
+        h = self.student.corrupt(tokens, given, s, rng)
+        still = sizes[0]
         with torch.no_grad():
-            still, roll, between = zip(*(x.split([n, edge - n, len(h) - edge])
-                                         for x in (h, given, s, t)))
-            target = [D(*still[:3]).softmax(-1)] if n else []
-            target += [rollout(student, D, *roll, o.rollout, steady)] if n < edge else []
-            if edge < len(h):       # taught by its own legs the student may drift off its teacher
-                target.append(flow_map_target(student, D, *between, o.method, o.leg))
-        loss = student.predict(h, given, s, t, torch.cat(target))               # (B,)
-        groups = {'diagonal': loss[:n], 'rollout': loss[n:edge], 'between': loss[edge:]}
-        return loss.mean(), {k: x.detach().mean() for k, x in groups.items() if len(x)}
-    return losses
+            # at s = t the student is the teacher
+            target = [self.teacher.predict(h[:still], given[:still], s[:still]).softmax(-1)]
+            if still < len(h):
+                target.append(self.target(self.student, self.teacher, h[still:], given[still:],
+                                          s[still:], t[still:], self.o))
+        losses = self.student.predict(h, given, s, t, torch.cat(target))  # (B,)
+        seen = {}
+        for name, part in zip(('diagonal', 'all_the_way', 'between'), losses.split(sizes)):
+            seen[name] = sum_and_number(part)
+        return losses.mean(), seen
 
-# ---- DLM-One: score distillation of a diffusion into a generator ----
-START = 1 - 1491 / 2000     # where the generator's noise lies: s/a = 2.5, as in SiD
 
-def score_gap(x, real, fake, alpha=1.0, loss='sid'):
-    """What the student minimises at each position, up to a weight: (B, L, C) three times -> (B, L).
-    x is generated; `real` and `fake` are what the teacher and the fake denoiser guess it was, from
-    x_t. Where both guess the same, at all noise levels, the student writes as the data do.
-    sid  (1 - alpha) |real - fake|^2 + (real - fake).(fake - x), arXiv:2404.04057, with gradient
-         through all three. Its mean is (1 - alpha) E|real - fake|^2: no progress meter.
-    dmd  the gradient fake - real on x alone, arXiv:2311.18828"""
-    if loss == 'dmd':
-        return ((fake - real).detach() * x).mean(-1)
+def sum_and_number(x):
+    """What the log needs of some rows' values: (2,)."""
+    x = x.detach()
+    return torch.stack([x.sum(), torch.full_like(x.sum(), len(x))])
+
+
+# -----------------------------------------------------------------------------
+# Part 2. DLM-One: score distillation of a diffusion into a generator
+
+def sid_gap(x, real, fake, alpha):
+    """
+    SiD, arXiv:2404.04057: (1 - alpha) |real - fake|^2 + (real - fake).(fake - x) at each position,
+    (B, L, C) three times -> (B, L), with gradient through all three. x is generated; `real` and
+    `fake` are what the teacher and the fake denoiser guess it was, from x_t. Where both guess
+    alike at all noise levels, the student writes as the data do. Its mean is (1 - alpha)
+    E|real - fake|^2: no progress meter.
+    """
     gap = real - fake
     return ((1 - alpha) * gap.square() + gap * (fake - x)).mean(-1)
 
+
+def dmd_gap(x, real, fake):
+    """DMD, arXiv:2311.18828: the gradient fake - real on x alone; shapes as in sid_gap."""
+    return ((fake - real).detach() * x).mean(-1)
+
+
 class Fake(torch.nn.Module):
-    """The fake denoiser psi, which follows what the student writes, with a critic in its middle."""
+    """The fake denoiser, which follows what the student writes, with a critic in its middle."""
+
     def __init__(self, teacher):
         super().__init__()
         self.model = copy.deepcopy(teacher).requires_grad_(True)
         # embeddings and rounding stay the teacher's
-        self.model.net.embed.requires_grad_(False), self.model.bias.requires_grad_(False)
-        self.critic = torch.nn.Linear(teacher.config.width, 1)      # real or generated?
+        self.model.net.embed.requires_grad_(False)
+        self.model.bias.requires_grad_(False)
+        self.critic = torch.nn.Linear(teacher.config.width, 1)
         middle = self.model.net.blocks[(teacher.config.layers - 1) // 2]
-        middle.register_forward_hook(lambda block, inputs, y: setattr(self, 'middle', y))
+        middle.register_forward_hook(self.keep_middle)
+
+    def keep_middle(self, block, inputs, output):
+        self.middle = output
 
     def forward(self, x_t, given, t):
-        """The clean x it sees in x_t (B, L, C), and per row the logit of "real" (B,)."""
+        """The clean x it sees in x_t (B, L, C), and per row the critic's logit of "real" (B,)."""
         x = self.model.predict(x_t, given, t)
         return x, row_mean(self.critic(self.middle)[..., 0], given)
 
-def score_distillation(student, teacher, fake, fake_opt, o, device):
-    """The student's loss of one iteration, as a function; it first lets the fake catch up."""
-    def losses(tokens, given, rng):
-        clean = student.net.embed.detach()[tokens].float()                      # (B, L, C)
-        for _ in range(o.fake_ratio):
-            with torch.no_grad():
-                x = student.generate(student.begin(given, rng), given)
-            t = torch.rand(len(tokens), generator=rng, device=device)
-            seen, logit = fake(student.corrupt(x, clean, given, t, rng), given, t)
-            loss = row_mean((seen - x).square().mean(-1), given).mean()
-            if o.adversarial:
-                real = clean + student.GRAIN * student.noise(clean, rng)
-                _, logit_real = fake(student.corrupt(real, clean, given, t, rng), given, t)
-                loss = loss + (F.softplus(-logit_real) + F.softplus(logit)).mean()
-            fake_opt.zero_grad(set_to_none=True)
-            (loss / o.parts).backward()
-            add_up([p.grad for p in fake.parameters() if p.grad is not None])
-            fake_opt.step()
 
+class ScoreDistillation:
+    """The loss of a diffusion's student: SiD or DMD; with --adversarial SiDA's critic, too."""
+
+    def __init__(self, student, teacher, o):
+        self.student = student
+        self.teacher = teacher
+        self.o = o
+        self.fake = Fake(teacher).to(next(teacher.parameters()).device)
+        self.fake_optimiser = adam(self.fake, o.lr)
+
+    def times(self, n, cpu):
+        return ()
+
+    def __call__(self, tokens, given, times, rng):
+        """The student's loss on rows (B, L), after the fake denoiser has caught up with it."""
+        clean = self.student.embedded(tokens)  # (B, L, C)
+        for _ in range(self.o.fake_ratio):
+            self.fake_step(clean, given, rng)
+        return self.student_loss(clean, given, rng)
+
+    def fake_step(self, clean, given, rng):
+        """One update of the fake denoiser on what the student writes now."""
+        student = self.student
+        with torch.no_grad():
+            x = student.generate(student.begin(given, rng), given)
+        t = torch.rand(len(given), generator=rng, device=given.device)
+        guess, logit = self.fake(student.corrupt(x, clean, given, t, rng), given, t)
+        loss = row_mean((guess - x).square().mean(-1), given).mean()
+        if self.o.adversarial:
+            # the critic learns to tell real rows from generated ones, at the same times
+            real = clean + GRAIN * student.noise(clean, rng)
+            _, logit_real = self.fake(student.corrupt(real, clean, given, t, rng), given, t)
+            loss = loss + (F.softplus(-logit_real) + F.softplus(logit)).mean()
+        self.fake_optimiser.zero_grad(set_to_none=True)
+        (loss / self.o.parts).backward()
+        add_up([p.grad for p in self.fake.parameters() if p.grad is not None])
+        self.fake_optimiser.step()
+
+    def student_loss(self, clean, given, rng):
+        """What the student minimises, in which both denoisers pass gradients but stay."""
+        student = self.student
         x = student.generate(student.begin(given, rng), given)
-        t = 0.02 + 0.96 * torch.rand(len(tokens), generator=rng, device=device)
+        # not at the very ends: SiD's range of noise levels
+        t = 0.02 + 0.96 * torch.rand(len(given), generator=rng, device=given.device)
         x_t = student.corrupt(x, clean, given, t, rng)
-        real, (seen, logit) = teacher.predict(x_t, given, t), fake(x_t, given, t)
-        gap = row_mean((real - seen).detach().square().mean(-1), given)
+        real = self.teacher.predict(x_t, given, t)
+        fake, logit = self.fake(x_t, given, t)
+        if self.o.loss == 'dmd':
+            gap = dmd_gap(x, real, fake)
+        else:
+            gap = sid_gap(x, real, fake, self.o.alpha)
         # rows far from what the teacher sees would drown the others
         weight = 1 / row_mean((x - real).detach().abs().mean(-1), given).clamp(min=1e-5)
-        loss = (weight * row_mean(score_gap(x, real, seen, o.alpha, o.loss), given)).mean()
-        loss = loss + (o.adversarial * F.softplus(-logit).mean() if o.adversarial else 0)
-        return loss, {'gap': gap.mean(), 'fake_error': row_mean(
-            (seen - x).detach().square().mean(-1), given).mean()}
-    return losses
+        loss = (weight * row_mean(gap, given)).mean()
+        if self.o.adversarial:
+            loss = loss + self.o.adversarial * F.softplus(-logit).mean()
+        seen = {
+            'gap': sum_and_number(row_mean((real - fake).detach().square().mean(-1), given)),
+            'fake_error': sum_and_number(row_mean((fake - x).detach().square().mean(-1), given)),
+        }
+        return loss, seen
 
-# ---- Both: a student at rest, the guide, settles what one call leaves open ----
-def one_call(student, h, given, target=None):
-    """Its logits (B, L, V) of the text that noise h (B, L, C) stands for; or nats."""
-    if student.config.two_time:
-        start = torch.zeros_like(h[:, 0, 0])
-        return student.predict(h, given, start, start + 1, target)
-    return student.round(student.generate(h, given), target, share_of(given))
 
-@torch.no_grad()
-def hardest(student, given, n, rng):
-    """For each row, of n noises the one whose text the student is least sure of: h (B, L, C)."""
-    tries = [student.begin(given, rng) for _ in range(n)]
-    sure = torch.stack([row_mean(one_call(student, h, given).log_softmax(-1).amax(-1), given)
-                        for h in tries])                                        # (n, B)
-    return torch.stack(tries)[sure.argmin(0), torch.arange(len(given), device=given.device)]
+def adam(module, lr):
+    """Adam without momentum, as SiD has it."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.Adam(params, lr, betas=(0.0, 0.999))
 
-def settle(student, guide, teacher, o):
-    """The loss of a copy of the guide: one call is to do what guide and teacher do in several.
-    A flow: the guide jumps to tau = 1 - leg and the teacher looks. A diffusion: the guide's text is
-    noised to t = 0.5, 0.65, 0.8, for three looks. Between two texts a student that learns from
-    itself goes on mixing; the guide does not move, so the one it prefers can be learnt. Far from
-    such ties nothing is open: hence the hardest of n."""
-    def losses(tokens, given, rng):
-        h = hardest(student, given, o.noises, rng)
-        s = torch.zeros_like(h[:, 0, 0])
+
+# -----------------------------------------------------------------------------
+# Part 3. ours: what no paper has. Gains: assets/ablations.md
+
+def rollout_target(student, teacher, h, given, s, t, o):
+    """
+    ours: delta_{s,t}(h) as the teacher finds it in o.rollout Euler steps from s to t: (B, L, V).
+    A student taught by jumps of its own may drift off its teacher; this one cannot.
+    """
+    target = torch.zeros(())
+    for i in range(o.rollout):
+        now = s + (t - s) * i / o.rollout
+        then = s + (t - s) * (i + 1) / o.rollout
+        p = teacher.predict(h, given, now).softmax(-1)
+        # the mean of p along the way
+        target = two_legs(student, target, p, s, now, then)
+        h = student.jump(h, p, given, now, then)
+    return target
+
+
+class Refine:
+    """
+    ours: the loss of a copy of a student, the guide: one call is to do what the guide and a look of
+    the teacher do. Between two texts a student that learns from itself goes on mixing; the guide
+    does not move, so the text that it prefers can be learnt.
+    """
+
+    def __init__(self, student, guide, teacher, o):
+        self.student = student
+        self.guide = guide
+        self.teacher = teacher
+        self.o = o
+
+    def times(self, n, cpu):
+        return ()
+
+    def __call__(self, tokens, given, times, rng):
+        h = self.hardest(given, rng)
         with torch.no_grad():
-            if student.config.two_time:
-                goal = flow_map_target(guide, cooled(teacher, o.temperature), h, given, s, s + 1,
-                                       'lagrangian', o.leg)
+            if self.student.config.two_time:
+                target = self.flow_target(h, given)
             else:
-                x = guide.net.embed[one_call(guide, h, given).argmax(-1)]
-                for t in (s + 0.5, s + 0.65, s + 0.8):
-                    x = teacher.predict(teacher.corrupt(x, h, given, t, rng), given, t)
-                goal = teacher.round(x).softmax(-1)
-        loss = one_call(student, h, given, goal).mean()
-        return loss, {'one_call': loss.detach()}
-    return losses
+                target = self.diffusion_target(h, given, rng)
+        losses = self.one_call(self.student, h, given, target)
+        return losses.mean(), {'one_call': sum_and_number(losses)}
 
-# ---- The script ----
-def count(ids, meta, weight):
-    """How often each token comes (V,), all neighbours a b in a row as a V + b, rising, and
-    weight * log(how many times as often as by chance); the first of both is for all others."""
-    rows, V = as_rows(ids[:10 ** 7], meta['length']), meta['vocab']
-    often = torch.bincount(rows.flatten(), minlength=V) / rows.numel()
-    pairs, times = (rows[:, :-1] * V + rows[:, 1:]).unique(return_counts=True)
-    links = (times / times.sum() / often[pairs // V] / often[pairs % V]).log().clamp(-5, 5)
-    return often, F.pad(pairs, (1, 0), value=-1), weight * F.pad(links, (1, 0), value=-5.0)
+    def one_call(self, student, h, given, target=None):
+        """Logits (B, L, V) of the text that noise h (B, L, C) stands for; or nats (B,)."""
+        if student.config.two_time:
+            start = torch.zeros_like(h[:, 0, 0])
+            return student.predict(h, given, start, start + 1, target)
+        x = student.generate(h, given)
+        if target is None:
+            return student.rounding_logits(x)
+        return student.rounding_nats(x, target, share_of(given))
 
-def balance(student, often, known, power, rounds):
-    """Weigh tokens, in student.rare, so that one call writes each about as often as the data do:
-    p is divided by a power of the frequency, then corrected by what is written in each round."""
-    student.rare.copy_((often + 1e-5) ** -power)
-    for i in range(rounds if power else 0):
-        text = write(student, known, 1, i)[0].flatten()
-        ratio = (1 + often * len(text)) / (1 + torch.bincount(text, minlength=len(often)))
-        student.rare *= ratio.clamp(1 / 3, 3).pow(0.3).to(student.rare)
+    @torch.no_grad()
+    def hardest(self, given, rng):
+        """Of several noises for each row the one whose text is least sure: h (B, L, C)."""
+        tries = []
+        sure = []
+        for _ in range(self.o.noises):
+            h = self.student.begin(given, rng)
+            log_p = self.one_call(self.student, h, given).log_softmax(-1)
+            tries.append(h)
+            sure.append(row_mean(log_p.amax(-1), given))
+        # far from a tie between two texts nothing is left to learn
+        hardest = torch.stack(sure).argmin(0)  # (B,)
+        return torch.stack(tries)[hardest, torch.arange(len(given), device=given.device)]
 
-def main(o):
-    methods = 'rollout', 'lagrangian', 'semigroup', 'eulerian'
-    if o.method not in methods or o.loss not in ('sid', 'dmd'):
-        fail(f'--method {o.method}: use {", ".join(methods)}; --loss {o.loss}: sid or dmd')
-    if (not (o.method == 'rollout') <= o.rollout <= 1000 >= o.noises >= 1 or o.temperature > 100
-            or o.temperature < .01 or max(o.leg, o.diagonal, o.boundary, o.balance, o.bigrams) > 1):
-        fail('--rollout, --noises: from 1 to 1000; --temperature: from 0.01 to 100; '
-             '--leg, --diagonal, --boundary, --balance, --bigrams: to 1')
-    auto, (rank, world, device, stopped) = not o.parts, join(o)
-    teacher, ckpt = load(o.teacher, device)
-    if is_student(teacher.config) or teacher.config.model not in ('flm', 'diffuseq'):
-        fail(f'{o.teacher}: distil a teacher of flm or diffuseq, made by: python train_teacher.py')
-    folder = Path(o.teacher) if Path(o.teacher).is_dir() else Path(o.teacher).parent
-    out = Path(o.out) if o.out else folder.parent / ('one-call' if o.guide else 'student')
-    meta, train, val = load_data(data := o.data or ckpt['options']['data'])
+    def flow_target(self, h, given):
+        """The guide jumps nearly all the way, and the teacher looks."""
+        s = torch.zeros_like(h[:, 0, 0])
+        return lagrangian_target(self.guide, self.teacher, h, given, s, s + 1, self.o)
+
+    def diffusion_target(self, h, given, rng):
+        """The guide's text is noised to t = 0.5, 0.65, 0.8, for three looks of the teacher."""
+        x = self.guide.embedded(self.one_call(self.guide, h, given).argmax(-1))
+        for t in (0.5, 0.65, 0.8):
+            t = torch.full_like(h[:, 0, 0], t)
+            x_t = self.teacher.corrupt(x, h, given, t, rng)
+            x = self.teacher.predict(x_t, given, t)
+        return self.teacher.rounding_logits(x).softmax(-1)
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+def find_teacher(name):
+    """The .pt file of the teacher that is named, or of the newest one that can be distilled."""
+    if name:
+        return checkpoint_path(name)
+    found = sorted(Path('out').glob('*/teacher/model.pt'), key=lambda path: path.stat().st_mtime)
+    for path in reversed(found):
+        model, _ = load(path)
+        if model.config.model in ('flm', 'diffuseq'):
+            return path
+    fail('out/ holds no teacher to distil; first run: python train_teacher.py')
+
+
+def load_teacher(path, device):
+    """Frozen teacher and its checkpoint; refuses what cannot be distilled."""
+    teacher, ckpt = load(path, device)
+    if is_student(teacher.config):
+        fail(f'{path} is a student already; name its teacher')
+    if teacher.config.model not in ('flm', 'diffuseq'):
+        fail(f'{path} is a model of {teacher.config.model}; distil one of flm or diffuseq, made by: '
+             'python train_teacher.py')
+    return teacher.requires_grad_(False), ckpt
+
+
+def load_guide(o, teacher, device):
+    """The frozen student that is refined, or None."""
+    if not o.guide:
+        return None
+    guide, _ = load(o.guide, device)
+    if not is_student(guide.config) or not guide.net.embed.equal(teacher.net.embed):
+        fail(f'--guide {o.guide}: must be a student of this teacher')
+    return guide.requires_grad_(False)
+
+
+def load_same_data(o, ckpt):
+    """The data that the teacher was trained on."""
+    o.data = o.data or ckpt['options']['data']
+    meta, train, val = load_dataset(o.data)
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
-        fail(f'{data} is not what {o.teacher} was trained on; name that folder by --data')
+        fail(f'{o.data} has another tokenizer or length than what the teacher was trained on '
+             f'({ckpt["meta"]["name"]}); name that folder by --data')
+    return meta, train, val
 
-    torch.manual_seed(o.seed)
-    flow, others = teacher.requires_grad_(False).config.model == 'flm', {}
-    # a flow's targets are dense: so many parts that (rows, L, V) of each fits, with rows enough
-    least = o.batch * meta['length'] * meta['vocab'] / 4 / CHUNK[device.type]
-    while auto and flow and o.parts < least and o.batch % (8 * o.parts) == 0:
-        o.parts *= 2
-    guide = load(o.guide, device)[0].requires_grad_(False) if o.guide else None
-    if guide and not (is_student(guide.config) and guide.net.embed.equal(teacher.net.embed)):
-        fail(f'--guide {o.guide}: needs a student of {o.teacher}; make it without --guide')
-    often, pairs, links = count(train, meta, o.bigrams) if flow else (None, [], None)
-    one = dict(two_time=True) if flow else dict(start=START, row_noise=o.row_noise)
-    config = guide.config if guide else replace(teacher.config, dropout=0, **one)
-    student = build(replace(config, bigrams=len(pairs) * (o.bigrams > 0))).to(device)
-    # a flow map's second time starts at zero, so that every student starts as its teacher
-    old = {**(guide or teacher).state_dict(), 'pairs': pairs, 'links': links}
-    student.load_state_dict({name: old.get(name, x) for name, x in student.state_dict().items()})
-    # the embedding spans the space both networks read and write: shared, so never trained
+
+def build_student(teacher, guide, o):
+    """A student that writes, at first, as the guide or the teacher does; E and rounding are kept."""
+    source = guide or teacher
+    if guide:
+        config = replace(guide.config, dropout=o.dropout)
+    elif teacher.config.model == 'flm':
+        config = replace(teacher.config, dropout=o.dropout, two_time=True)
+    else:
+        config = replace(teacher.config, dropout=o.dropout, start=ONE_CALL_START,
+                         row_noise=o.row_noise)
+    student = build(config)
+    # the second time of a flow map begins at zero weights, see Denoiser
+    student.load_state_dict({**student.state_dict(), **source.state_dict()})
+    # the embedding spans the space that both networks read and write: shared, so never trained
     for name, p in student.named_parameters():
         p.requires_grad_(name not in ('net.embed', 'bias'))
-    # with the critic a guide is no guide, but where stage 2 starts; its fake is the teacher again
-    if flow or guide and not o.adversarial:
-        opts = optimisers(student, o)
-        losses = settle(student, guide, teacher, o) if guide else flow_map(student, teacher, o)
-    else:
-        fake = others['fake'] = Fake(teacher).to(device)
-        if o.parts != world:
-            fail('--parts: score distillation takes as many as there are processes; leave it out')
-        opts = [torch.optim.Adam(m.parameters(), o.score_lr, (0.0, 0.999)) for m in (student, fake)]
-        losses = score_distillation(student, teacher, fake, opts[1], o, device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval()
-    kept = restore(out, student, ema, opts, **others) if o.resume else {}
-    start, best, sums = kept.get('iter', 0), kept.get('best', 0.0), Counter(kept.get('sums'))
-    if o.compile and device.type == 'cuda':
-        for model in filter(None, (student, guide, teacher)):
-            model.net.compile()
-    log = Log(out, o, start) if rank == 0 else lambda it, **values: None
-    known = get_batch(val, meta, 200, 0.0, generator('cpu', 1, 1), torch.device('cpu'))[1]
+    return student.to(next(teacher.parameters()).device)
 
-    for it in range(start, o.iters + 1):
-        hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        stop = it == o.iters or stopped(it)
-        if (hundred or due or stop) and not all(x.isfinite() for x in sums.values()):
+
+def make_stage(student, guide, teacher, o):
+    """The loss function of this run, and the optimisers of all that it trains."""
+    if o.stage == 'score':
+        stage = ScoreDistillation(student, teacher, o)
+        return stage, [adam(student, o.lr), stage.fake_optimiser]
+    if o.stage == 'refine':
+        return Refine(student, guide, teacher, o), make_optimisers(student, o)
+    return FlowMap(student, teacher, o), make_optimisers(student, o)
+
+
+def stage_of(o, teacher):
+    """Which of the three kinds of run the options ask for."""
+    if teacher.config.model == 'diffuseq' and (o.adversarial or not o.guide):
+        # with a critic a guide is where stage 2 starts; its fake is the teacher again
+        return 'score'
+    return 'refine' if o.guide else 'flow map'
+
+
+def more_parts(o, world, meta, device):
+    """As many parts as keep the targets (rows, L, V) of each within 256 MB, on a GPU 2 GB."""
+    most = 2 ** 29 if device.type == 'cuda' else 2 ** 26
+    while o.batch / o.parts * meta['length'] * meta['vocab'] > most:
+        if o.batch % (2 * o.parts):
+            return
+        o.parts *= 2
+
+
+def measure(model, given, meta, o, it, log):
+    """Samples at 4, 2 and 1 calls for given (n, L), described in the log -> quality of one call."""
+    for nfe in (4, 2, 1):
+        rows, _ = write_rows(model, given, nfe, seed=1)
+        figures = health(rows, meta, o.data)
+        log.record(it, nfe=nfe, **figures)
+    names = ('valid', 'form_entropy', 'slot_entropy', 'words', 'unique')
+    return math.prod(figures.get(name, 1) for name in names)
+
+
+class Best:
+    """
+    The averaged weights to keep. A flow map's are the last; score distillation may swing, so of
+    its weights those are kept whose samples were best.
+    """
+
+    def __init__(self, ema, o, ckpt):
+        self.ema = ema
+        self.choose = o.stage == 'score'
+        self.model = copy.deepcopy(ema) if self.choose else ema
+        self.quality = 0.0
+        if ckpt is not None:
+            self.quality = ckpt['quality']
+            self.model.load_state_dict(ckpt['ema'])
+
+    def see(self, quality, it, out):
+        """Keep the weights of now if they are the best; end a run that has degenerated."""
+        if quality >= self.quality:
+            self.quality = quality
+            if self.choose:
+                self.model.load_state_dict(self.ema.state_dict())
+        elif self.choose and quality < self.quality / 2:
+            fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower --lr '
+                 'or raise --fake-ratio')
+
+
+class Means:
+    """Means of what was seen since the last record, by name."""
+
+    def __init__(self, kept=None):
+        self.sums = dict(kept or {})
+
+    def add(self, seen):
+        for name, pair in seen.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(pair)) + pair
+
+    def loss(self):
+        total, number = self.sums['loss']
+        return total / number
+
+    def record(self):
+        return {name: (pair[0] / pair[1]).item() for name, pair in self.sums.items() if pair[1] > 0}
+
+    def check(self, it, out):
+        if not all(pair.isfinite().all() for pair in self.sums.values()):
             fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
                  f'--resume goes on from the last save in {out}')
+
+
+def backward(stage, student, batch, it, o, rank, world, means):
+    """Loss and gradients of this process's parts of a batch, each with noise of its own."""
+    tokens, given, times = batch
+    trained = [p for p in student.parameters() if p.requires_grad]
+    for part in range(rank, o.parts, world):
+        rows = slice(part, None, o.parts)
+        rng = generator(tokens.device, o.seed, it, 1 + part)
+        # dropout draws from the global generator
+        torch.manual_seed(rng.initial_seed())
+        with autocast(tokens.device):
+            loss, seen = stage(tokens[rows], given[rows], [x[rows] for x in times], rng)
+        # not into the fake denoiser, whose own turn is past
+        (loss / o.parts).backward(inputs=trained)
+        means.add({'loss': sum_and_number(loss[None]), **seen})
+
+
+def prepare(o):
+    """Everything that a run needs, checked before anything is written."""
+    rank, world, device = start_processes(o)
+    path = find_teacher(o.teacher)
+    teacher, teacher_ckpt = load_teacher(path, device)
+    o.teacher = str(path)
+    guide = load_guide(o, teacher, device)
+    o.stage = stage_of(o, teacher)
+    apply_preset(o, device, PRESETS, o.stage)
+    automatic = not o.parts
+    set_parts(o, world)
+    meta, train, val = load_same_data(o, teacher_ckpt)
+    if o.stage == 'score' and o.parts != world:
+        fail('--parts: score distillation takes as many as there are processes; leave it out')
+    if o.stage != 'score' and automatic:
+        more_parts(o, world, meta, device)
+    crc = zlib.crc32(path.read_bytes())
+    out = Path(o.out) if o.out else path.parent.parent / ('one-call' if o.guide else 'student')
+    ckpt = check_out(out, o, meta, crc)
+    about = dict(meta=meta, options=vars(o),
+                 teacher={'path': o.teacher, 'crc': crc, 'options': teacher_ckpt['options']})
+    return rank, world, device, teacher, guide, train, val, out, ckpt, about
+
+
+def main(o):
+    rank, world, device, teacher, guide, train, val, out, ckpt, about = prepare(o)
+    meta = about['meta']
+    torch.manual_seed(o.seed)
+    student = build_student(teacher, guide, o)
+    stage, optimisers = make_stage(student, guide, teacher, o)
+    modules = {'model': student, 'average': copy.deepcopy(student).requires_grad_(False).eval()}
+    if o.stage == 'score':
+        modules['fake'] = stage.fake
+    if ckpt is not None:
+        restore(ckpt, modules, optimisers)
+    ema = modules['average']
+    best = Best(ema, o, ckpt)
+    start = 0 if ckpt is None else ckpt['iter']
+    means = Means(None if ckpt is None else ckpt['means'])
+    if o.compile and device.type == 'cuda':
+        for model in (student, guide, teacher):
+            if model is not None:
+                model.net.compile()
+    log = Log(out, o.iters, start, o.batch * meta['length'])
+    stopper = Stopper()
+    _, known, _ = get_batch(val, meta, 200, 0.0, generator('cpu', 1, 1), torch.device('cpu'))
+    print(f'{o.preset} preset: {o.stage} of {o.teacher}, {o.iters:,} iterations of {o.batch} rows, '
+          f'{world} x {device}; data {o.data} -> {out}')
+
+    for it in range(start, o.iters + 1):
+        stop = it == o.iters or stopper.asked()
+        due = it % o.eval_every == 0 and it > start
+        hundred = it % 100 == 0 and it > start
+
+        # log, measure (not when told to stop), save
+        if hundred or due or stop:
+            means.check(it, out)
         if hundred:
-            log(it, **{name: x.item() / 100 for name, x in sums.items()}), sums.clear()
-        if due or stop:
-            if flow:        # from nothing but what is saved with it: a resumed run ends alike
-                balance(ema, often, known.repeat(3, 1), o.balance, 24 if stop else 8)
-            for nfe in (4, 2, 1):
-                one = health(write(ema, known, nfe, 1)[0], meta, data)
-                log(it, nfe=nfe, **one)
-            # score distillation may swing, so its best weights are kept; a flow map's are the last
-            quality = math.prod(one.get(k, 1) for k in ('valid', 'form_entropy', 'words', 'unique'))
-            if flow or quality >= best:
-                best = quality
-                rank == 0 and save(
-                    out / 'model.pt', student, ema, opts, iter=it, meta=meta, options=asdict(o),
-                    teacher=ckpt['options'], best=best, sums=dict(sums),
-                    **{name: m.state_dict() for name, m in others.items()})
-            elif quality < best / 2:
-                fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
-                     'the learning rates or raise --fake-ratio')
+            log.record(it, **means.record())
+            means = Means()
+        if due or it == o.iters:
+            best.see(measure(ema, known, meta, o, it, log), it, out)
+        if (due or stop) and rank == 0:
+            states = {name: modules[name].state_dict() for name in modules if name != 'model'}
+            save(out / 'model.pt', student, best.model, optimisers, iter=it, quality=best.quality,
+                 means=means.sums, **states, **about)
         if stop:
             break
+
+        # batch, forward and backward, step
         cpu = generator('cpu', o.seed, it, 0)
-        batch = get_batch(train, meta, o.batch, ckpt['options']['given'], cpu, device)
-        for part in range(rank, o.parts, world):
-            tokens, given, _ = (x.chunk(o.parts)[part] for x in batch)
-            with autocast(device):
-                loss, seen = losses(tokens, given, generator(device, o.seed, it, 1 + part))
-            # not into the fake denoiser, whose own turn is past
-            (loss / o.parts).backward(inputs=[p for p in student.parameters() if p.requires_grad])
-            sums.update({name: x * world / o.parts for name, x in seen.items()})
-        sums.update(norm=update(student, ema, opts[:1] if others else opts, it, o))
+        tokens, given, _ = get_batch(train, meta, o.batch, o.given, cpu, device)
+        batch = tokens, given, stage.times(o.batch, cpu)
+        backward(stage, student, batch, it, o, rank, world, means)
+        norm = update(student, ema, optimisers[:1] if o.stage == 'score' else optimisers, it, o)
+        means.add({'norm': sum_and_number(norm[None])})
+        log.progress(it + 1, means.loss)
+
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(f'stopped at iteration {it}; the same command with --resume goes on' if it < o.iters else
-          f'next: python sample.py {out} --compare {o.teacher}' + meta['pairs'] * ' --source "..."')
+    print(advice(o, out, it, meta, val))
+
+
+def advice(o, out, it, meta, val):
+    """What to run next, for a shell."""
+    if it < o.iters:
+        return f'stopped at iteration {it}; the same command with --resume goes on'
+    words = ['python', 'sample.py', str(out), '--compare', o.teacher]
+    if meta['pairs']:
+        source, _ = to_texts(as_rows(val[:meta['length']], meta['length']), meta)[0]
+        words += ['--source', source]
+    return 'next: ' + shlex.join(words)
+
 
 if __name__ == '__main__':
-    main(OPTIONS)
+    options = parse()
+    run_script(lambda: main(options))

@@ -1,25 +1,31 @@
-"""One-step text generation: the denoiser, the one-hot flow, the embedding diffusion.
+"""
+One-step text generation: one transformer denoiser, and the four models that are built on it.
+
+  OneHotFlow          FLM (teacher) and FMLM (student), arXiv:2602.16813
+  EmbeddingDiffusion  DiffuSeq (teacher, arXiv:2210.08933) and DLM-One (student, arXiv:2506.00290)
+  MaskedDiffusion     MDLM, a baseline, arXiv:2406.07524
+  Autoregressive      a baseline that writes one token after the other, as nanoGPT does
 
 Conventions, used everywhere in this repository:
-  t in [0, 1]    time, from noise (0) to data (1);     s <= u <= t for a flow map
-  tau in [0, 1]  reparameterised time, what training and samplers are uniform in
-  B, L, V, D, C  batch, length, vocabulary, width, channels of the embedding; shapes: # (B, L, D)
-  given          (B, L) int64, ids of known tokens (source, prompt, infill), never noised; else -1
 
-The flow (FLM, arXiv:2602.16813) moves x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at
-each of the L positions. The network's first layer is linear, so all it sees of x_t is h = x_t E,
-E (V x C) its embedding table, and h alone is kept: noise is drawn as z R with R^T R = E^T E, a
-clean token is a row of E, and Euler steps, flow maps and bridges, affine in x, act on h as on x:
-on the input side nothing has the size (B, L, V).
+  t in [0, 1]    time, from noise (t = 0) to data (t = 1); s <= u <= t for a flow map
+  tau in [0, 1]  reparameterised time: training and samplers are uniform in tau
+  B, L, V, D, C  batch, length, vocabulary, width, channels of the embedding
+  h (B, L, C)    noisy rows, as the network sees them
+  given (B, L)   int64, ids of known tokens (a source, a prompt); -1 where text is to be written
+  nfe            network calls of a sampler
+
+Every model has loss(tokens, given, tau, rng) -> (B,) in nats, and
+sample(given, nfe, rng, ..., on_call=None) -> (B, L), whose on_call(i, tokens) sees what each call
+would write. The last four ids of every vocabulary are <eos>, <pad>, <sep>, <bos>.
 """
-import io
-import json
+
+import math
 import os
+import sys
+import time
 import zipfile
-import zlib
-from collections import defaultdict
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,138 +33,208 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare_data import SPECIAL, fail
+# of checkpoint files; a file of another format is refused by one line
+FORMAT = 5
 
-FORMAT = 4          # of checkpoints
-CHUNK = defaultdict(lambda: 2 ** 22, cuda=2 ** 27)      # logits at a time in a loss, by device
+# the time of DLM-One's only call: there b/a = 2.5, as at index 1490 of DiffuSeq's 2000
+ONE_CALL_START = 1 - 1491 / 2000
+
+# DiffuSeq's clean end is itself a little noisy, x = E[token] + 0.121 n: its b at index 0
+GRAIN = 0.121
+
 
 @dataclass
 class Config:
-    """What fixes a network's shape; stored in its checkpoint."""
-    vocab: int                  # V
-    length: int                 # L, the longest row
+    """What fixes a model's shape and its loss; stored in its checkpoint."""
+    vocab: int                   # V
+    length: int                  # L, the longest row
     layers: int = 4
     heads: int = 4
-    width: int = 128            # D
-    code: int = 0               # C, channels of the embedding E (V x C); 0: as the width
-    model: str = 'flm'          # flm | diffuseq; baselines: mdlm | ar
-    cond: int = 128             # width of the time conditioning
-    dropout: float = 0.0        # on attention-out and MLP-out
-    gate: float = 0.3           # initial residual gates; 0 is adaLN-zero, as in the paper
-    axis: str = 'measured'      # tau(t): measured | reader | paper | uniform | a number
-    squared: bool = False       # a flow's loss: squared error, not cross-entropy
-    two_time: bool = False      # a flow map also knows the time it jumps to
-    bigrams: int = 0            # and so many pairs of neighbours, see OneHotFlow.read
-    start: float = 0.0          # diffuseq: time of the first call; a one-call student's is later
-    row_noise: bool = False     # diffuseq: its first noise is one vector for all of a row
-    anchor: float = 0.0         # diffuseq: weight of the cross-entropy of the rounded prediction
+    width: int = 128             # D
+    channels: int = 128          # C, columns of the embedding table E (V x C)
+    model: str = 'flm'           # flm | diffuseq | mdlm | ar
+    cond: int = 128              # width of the time conditioning
+    dropout: float = 0.0         # on attention-out and MLP-out
+    gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
+    axis: str = 'paper'          # flm: tau(t), one of paper | measured | uniform
+    two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
+    start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
+    row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
+    all_positions: bool = False  # diffuseq: error and grain at the source's positions, too
+    anchor: float = 0.0          # diffuseq: weight of the cross-entropy of the rounded prediction
 
-# ---- The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> (B, L, V or C) ----
+
+# -----------------------------------------------------------------------------
+# The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> logits (B, L, V)
+
 def sinusoid(tau, dim=256):
     """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
-    # periods from 0.006 to 63, so that both neighbouring times and far ones can be told apart
-    freqs = 1000 * 10000 ** (-torch.arange(dim // 2, device=tau.device) / (dim // 2))
-    return torch.cat([f(tau[:, None].float() * freqs) for f in (torch.cos, torch.sin)], dim=1)
+    # ours: times are scaled by 1000 (periods from 0.006 to 63), so that neighbouring ones differ;
+    # the paper feeds tau itself
+    frequencies = 1000 * 10000 ** (-torch.arange(dim // 2, device=tau.device) / (dim // 2))
+    angles = tau[:, None].float() * frequencies  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): turn channel pairs by angles that grow with position."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
-class Block(nn.Module):
-    """Attention (ar: causal) and MLP, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
-    def __init__(self, c):
-        super().__init__()
-        self.c = c
-        self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
-        self.out = nn.Linear(c.width, c.width, bias=False)
-        self.up = nn.Linear(c.width, 4 * c.width)
-        self.down = nn.Linear(4 * c.width, c.width)
-        self.ada = nn.Linear(c.cond, 6 * c.width)
 
-    def forward(self, x, cond, cos, sin, cache=None, at=0):
-        (B, L, D), c = x.shape, self.c
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(cond)[:, None].chunk(6, dim=-1)
-        y = F.layer_norm(x, (D,)) * (1 + scale1) + shift1
-        q, k, v = self.qkv(y).view(B, L, 3, c.heads, D // c.heads).permute(2, 0, 3, 1, 4)
-        # unit-size queries and keys bound the attention logits: the learning rate may be large
-        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)      # (B, heads, L, D/heads)
+def modulate(x, shift, scale):
+    """Layer norm of x (B, L, D) without weights of its own, then the time's scale and shift."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+class Block(nn.Module):
+    """Attention and MLP, both shifted, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.heads = config.heads
+        self.causal = config.model == 'ar'
+        self.gate = config.gate
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.up = nn.Linear(D, 4 * D)
+        self.down = nn.Linear(4 * D, D)
+
+    def attention(self, x, cos, sin, cache, at):
+        """x (B, L, D) -> (B, L, D). With a cache, x are the positions from `at`, see Denoiser."""
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
+        # ours: queries and keys of unit size bound the attention logits, so that the learning rate
+        # may be large; the paper caps the logits at 50 instead
+        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)
         k = rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
-        if cache is not None:           # ar: one token is new, of those before it these are kept
-            cache[:, :, :, at:at + L] = torch.stack([k, v])
-            k, v = cache[:, :, :, :at + L].to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=c.model == 'ar' and cache is None)
-        y = self.out(y.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
-        x = x + (c.gate + gate1) * F.dropout(y, c.dropout, self.training)
-        y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
-        y = self.down(F.gelu(self.up(y)))
-        return x + (c.gate + gate2) * F.dropout(y, c.dropout, self.training)
+        if cache is not None:
+            # only the newest token goes through the network, those before it are kept
+            cache[0, :, :, at:at + L] = k
+            cache[1, :, :, at:at + L] = v
+            k = cache[0, :, :, :at + L].to(v.dtype)
+            v = cache[1, :, :, :at + L].to(v.dtype)
+        causal = self.causal and cache is None
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out(y.transpose(1, 2).reshape(B, L, D))
+
+    def forward(self, x, modulation, cos, sin, cache=None, at=0):
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1, D) each
+        y = self.attention(modulate(x, shift1, scale1), cos, sin, cache, at)
+        x = torch.addcmul(x, self.gate + gate1, F.dropout(y, self.dropout, self.training))
+        y = self.down(F.gelu(self.up(modulate(x, shift2, scale2))))
+        return torch.addcmul(x, self.gate + gate2, F.dropout(y, self.dropout, self.training))
+
 
 class Denoiser(nn.Module):
     """The transformer. It owns the embedding table E, in whose row space the noisy rows live."""
-    def __init__(self, c, out):
+
+    def __init__(self, config, out):
         super().__init__()
-        C = c.code or c.width
-        self.embed = nn.Parameter(torch.empty(c.vocab, C))                      # E (V, C)
-        self.into = nn.Linear(C, c.width, bias=False) if C != c.width else nn.Identity()
-        self.position = nn.Parameter(torch.empty(c.length, c.width))
-        # added where a token is given: vectors of their own if E has few channels, as those are
-        # spent on what noise must decide and would hardly tell the digits of a source apart
-        self.known = nn.Embedding(1 + (c.vocab if c.code else 1), c.width)      # 0: to write
-        self.time, *to = (
-            nn.Sequential(nn.Linear(256, c.cond), nn.SiLU(), nn.Linear(c.cond, c.cond))
-            for _ in range(1 + c.two_time))
-        self.time_to = to[0] if to else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.ada = nn.Linear(c.cond, 2 * c.width)
-        self.head = nn.Linear(c.width, out)                                     # not tied to E
-        self.cap = 30 if c.model == 'flm' else 0        # soft, keeps a flow's bf16 logits finite
-        half = c.width // c.heads // 2
-        angle = torch.arange(c.length)[:, None] * 10000 ** (-torch.arange(half) / half)
-        self.register_buffer('cos', angle.cos(), persistent=False)
+        V, D, C = config.vocab, config.width, config.channels
+        self.layers = config.layers
+        self.embed = nn.Parameter(torch.empty(V, C))  # E
+        self.into = nn.Linear(C, D, bias=False) if C != D else nn.Identity()
+        # ours: learnt positions beside the rotary ones, which the paper has alone
+        self.position = nn.Parameter(torch.empty(config.length, D))
+        # ours: what marks a given token. Entry 0 is for positions to be written. With few channels
+        # each token has a vector of its own here: E then is spent on what noise must decide, and
+        # would hardly tell the digits of a source apart
+        self.known = nn.Embedding(1 + (V if C < D else 1), D)
+        self.time = self.time_network(config.cond)
+        self.time_to = self.time_network(config.cond) if config.two_time else None
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        # the time's shifts, scales and gates for all blocks at once, and for the head
+        self.modulation = nn.Linear(config.cond, (6 * config.layers + 2) * D)
+        self.head = nn.Linear(D, out)  # not tied to E
+        # a flow's logits are softly capped, 30 tanh(z / 30), as in the paper's second version
+        self.cap = 30.0 if config.model == 'flm' else 0.0
+        half = D // config.heads // 2
+        angle = torch.arange(config.length)[:, None] * 10000 ** (-torch.arange(half) / half)
+        self.register_buffer('cos', angle.cos(), persistent=False)  # (L, half)
         self.register_buffer('sin', angle.sin(), persistent=False)
+        self.initialise()
+
+    @staticmethod
+    def time_network(cond):
+        return nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
+
+    def initialise(self):
         for p in self.parameters():
-            nn.init.normal_(p, std=p.shape[1] ** -0.5) if p.ndim == 2 else nn.init.zeros_(p)
-        # as large as the noise beside it: 0.02, as usual, takes hundreds of iterations to be heard
-        nn.init.normal_(self.position), nn.init.normal_(self.known.weight)
-        # zero: nothing modulated yet, all tokens equally likely, a fresh student like its teacher
-        for layer in [self.ada, self.head, *(block.ada for block in self.blocks),
-                      *([self.time_to[2]] if c.two_time else [])]:
-            nn.init.zeros_(layer.weight)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            else:
+                nn.init.zeros_(p)
+        # as large as the noise beside it: the usual 0.02 takes hundreds of iterations to be heard
+        nn.init.normal_(self.position)
+        nn.init.normal_(self.known.weight)
+        # zero: at first no time modulates anything, and all tokens are equally likely
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.head.weight)
+        # zero: a fresh student does what its teacher does, whatever time it is told to jump to
+        if self.time_to is not None:
+            nn.init.zeros_(self.time_to[2].weight)
 
     def forward(self, h, given, tau, tau_to=None, target=None, share=None, cache=None, at=0):
-        """h (B, L, C), given (B, L), tau and tau_to (B,) -> (B, L, out) in fp32.
-        With a target, ids (B, L) or p (B, L, V): the cross-entropy of rows (B,), nats, of which a
-        position has its share (B, L); default: the mean over those not given.
-        ar: with a cache (layers, 2, B, heads, length, D/heads), h is of the positions from `at`."""
-        known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
+        """
+        h (B, L, C), given (B, L), tau and tau_to (B,) or (1,) -> logits (B, L, out) in fp32.
+        With a target, ids (B, L) or probabilities (B, L, V): the cross-entropy of each row (B,) in
+        nats, of which every position has its share (B, L); default: the mean over those not given.
+        ar: with a cache (layers, 2, B, heads, L, D/heads), h holds the positions from `at` on.
+        """
         here = slice(at, at + h.shape[1])
-        x = self.into(h) + self.position[here] + known                          # (B, L, D)
-        cond = self.time(sinusoid(tau))                                         # (B, cond)
-        cond = F.silu(cond if tau_to is None else cond + self.time_to(sinusoid(tau_to)))
-        for block, kept in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
-            x = block(x, cond, self.cos[here], self.sin[here], kept, at)
-        shift, scale = self.ada(cond)[:, None].chunk(2, dim=-1)
-        x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-        share = share_of(given) if share is None else share
-        return logits_or_nats(x, self.head.weight, self.head.bias, self.cap, target, share)
+        cos = self.cos[here]
+        sin = self.sin[here]
+        known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
+        x = self.into(h) + self.position[here] + known  # (B, L, D)
 
-# ---- Pure functions: the mathematics, testable on toys with known answers; t, s, u broadcast ----
-def right_token(t, K, share=1.0):
-    """q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], arXiv:2602.16813;
-    t (n,) float64 in [0, 1), K the vocabulary size -> (n,). `share` scales t/(1-t), the ratio of
-    signal to noise, for a reader who sees less than x_t."""
-    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(100))
-    log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])    # (n, 100)
+        # what the time has to say to every block
+        cond = self.time(sinusoid(tau))
+        if tau_to is not None:
+            cond = cond + self.time_to(sinusoid(tau_to))
+        pieces = self.modulation(F.silu(cond))[:, None].chunk(6 * self.layers + 2, dim=-1)
+
+        for i, block in enumerate(self.blocks):
+            kept = None if cache is None else cache[i]
+            x = block(x, pieces[6 * i:6 * i + 6], cos, sin, kept, at)
+        y = modulate(x, *pieces[-2:])
+
+        if target is None:
+            return capped_logits(y, self.head.weight, self.head.bias, self.cap)
+        if share is None:
+            share = share_of(given)
+        return row_nats(y, self.head.weight, self.head.bias, self.cap, target, share)
+
+
+# -----------------------------------------------------------------------------
+# The one-hot flow: its mathematics. t, s and u broadcast
+
+def right_token_probability(t, K, share=1.0):
+    """
+    q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], z ~ N(0, 1), for t (n,)
+    float64 in [0, 1) and K tokens -> (n,). arXiv:2602.16813, time reparameterisation.
+    `share` scales t/(1-t), the ratio of signal to noise, for a reader who sees less than x_t.
+    """
+    # Gauss-Hermite: an expectation over z becomes a weighted sum over 100 nodes
+    nodes, weights = np.polynomial.hermite_e.hermegauss(100)
+    nodes = torch.from_numpy(nodes)
+    weights = torch.from_numpy(weights)
+    log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])  # (n, 100)
     return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
+
 
 def time_axis(K, share=1.0, knots=1001):
     """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, from 0 to 1."""
     ts = torch.linspace(0, 1, knots, dtype=torch.float64)
-    taus = (right_token(ts[:-1], K, share) - 1 / K) * K / (K - 1)
-    taus = torch.cummax(torch.cat([taus - taus[0], torch.ones(1)]).clamp(0, 1), 0).values
-    # flat at both ends to machine precision: a slight slope keeps t(0) = 0, t(1) = 1, one-to-one
+    taus = (right_token_probability(ts[:-1], K, share) - 1 / K) * K / (K - 1)
+    taus = torch.cat([taus - taus[0], torch.ones(1)]).clamp(0, 1)
+    taus = torch.cummax(taus, 0).values
+    # flat at both ends to machine precision: a slight slope keeps t(tau) one-to-one
     return ts, (1 - 1e-4) * taus + 1e-4 * ts
+
 
 def interpolate(x, xs, ys):
     """Piecewise linear y(x) through knots (xs, ys), xs rising; x of any shape."""
@@ -166,200 +242,248 @@ def interpolate(x, xs, ys):
     w = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + w * (ys[i] - ys[i - 1])
 
+
 def jump(x, p, s, t):
-    """X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p: an Euler step for p = D_s, the flow map for
-    p = delta_{s,t} (arXiv:2602.16813); x and p both dense, or both times E."""
+    """
+    X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p, arXiv:2602.16813: an Euler step for p = D_s(x), the
+    flow map for p = delta_{s,t}(x). x and p are both in R^V, or both already times E.
+    """
     keep = (1 - t) / (1 - s).clamp(min=1e-6)
     return keep * x + (1 - keep) * p
 
-def bridge(x, e, s, t, noise):
-    """Draw x_t, t > s, given x_s and the clean e: N(a x + b e, v I), arXiv:2605.13681."""
-    a = s / t * ((1 - t) / (1 - s)) ** 2
-    v = (1 - t) ** 2 * (1 - a * s / t)
-    return a * x + (t - a * s) * e + v.clamp(min=0).sqrt() * noise
 
-def best_row(score, links, sweeps=8):
-    """Of k candidates at each position those of the row with the largest sum of scores (B, L, k)
-    and links (B, L-1, k, k) between neighbours: (B, L), 0 to k-1. Viterbi's answer, for all
-    positions at once: each sweep lets them hear of a neighbour farther; eight are enough."""
-    before = behind = torch.zeros_like(score)                                   # (B, L, k)
-    for _ in range(sweeps):
-        before = F.pad(((score + before)[:, :-1, :, None] + links).amax(2), (0, 0, 1, 0))
-        behind = F.pad(((score + behind)[:, 1:, None] + links).amax(3), (0, 0, 0, 1))
-    return (before + score + behind).argmax(-1)
+def first_leg_weight(s, u, t):
+    """
+    g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), s <= u <= t: how much
+    of a jump's text its first leg decides (semigroup property, arXiv:2602.16813). g = 0 at t = 1.
+    """
+    return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
 
-# ---- FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time) ----
+
+# -----------------------------------------------------------------------------
+# FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
+
 class Model(nn.Module):
-    """What the models below have: a Config and a Denoiser."""
-    def __init__(self, c, out=None):
+    """What the four models share: a config and a denoiser."""
+
+    def __init__(self, config, out):
         super().__init__()
-        self.config, self.net = c, Denoiser(c, out or c.vocab)
+        self.config = config
+        self.net = Denoiser(config, out)
+
+    def embedded(self, ids):
+        """Rows of E, (B, L) -> (B, L, C) in fp32; ids of -1 (unknown tokens) count as 0."""
+        return F.embedding(ids.clamp(min=0), self.net.embed).float()
+
 
 class OneHotFlow(Model):
-    """The flow of one-hot tokens, seen through E, on one of these time axes:
-    paper     tau rises as the error of argmax over x_t falls, arXiv:2602.16813
-    reader    the same for who reads h = x_t E, where a token keeps C/V of its signal's energy
-    measured  as `reader`, then refit: equal stretches of tau lower the loss by as many nats
-    uniform   tau = t;   a number: a factor on t/(1-t) chosen by hand"""
-    def __init__(self, c):
-        super().__init__(c)
-        reader = min(1, (c.code or c.width) / c.vocab) ** 0.5
-        shares = dict(reader=reader, measured=reader, paper=1, uniform=1)
-        ts, taus = time_axis(c.vocab, shares.get(c.axis) or float(c.axis))
+    """
+    The flow x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at each of L positions.
+
+    The network's first layer is linear, so all that it sees of x_t is h = x_t E, and h alone is
+    ever computed. eps E has covariance E^T E, so it is drawn as z R with R^T R = E^T E: C numbers
+    for each position in place of V, of exactly the same law. What moves x_t (an Euler step, a jump)
+    is affine, so it moves h in the same way.
+
+    Time axes: paper (tau rises as the error of argmax over x_t falls), uniform (tau = t), measured.
+    """
+
+    def __init__(self, config):
+        super().__init__(config, config.vocab)
+        share = 1.0
+        if config.axis == 'measured':
+            # ours: the axis of a reader who sees h instead of x_t, in which a token keeps C/V of
+            # its signal's energy; only where training begins, see refit_axis
+            share = min(1, config.channels / config.vocab) ** 0.5
+        ts, taus = time_axis(config.vocab, share)
+        if config.axis == 'uniform':
+            taus = ts
         self.register_buffer('ts', ts.float(), persistent=False)
-        taus = (ts if c.axis == 'uniform' else taus).float()
-        self.register_buffer('taus', taus, persistent=c.axis == 'measured')
-        # a student that is unsure would write frequent tokens too often: these count less
-        self.register_buffer('rare', torch.ones(c.vocab), persistent=c.two_time)
-        # of pairs a b of neighbours: a V + b, rising, and how far they seek or shun each other
-        self.register_buffer('pairs', torch.arange(c.bigrams), persistent=c.bigrams > 0)
-        self.register_buffer('links', torch.zeros(c.bigrams), persistent=c.bigrams > 0)
+        self.register_buffer('taus', taus.float())
 
     @torch.no_grad()
-    def refit(self, tokens, given, seed):
-        """Let tau rise as the loss of these rows (B, L) falls, seen at 33 times."""
-        grid, losses = torch.linspace(0, 1, 33, device=tokens.device), []
-        for tau in grid:        # the same rows and noise each time, or the axis would get stairs
+    def refit_axis(self, tokens, given, seed):
+        """
+        ours: let tau rise as the network's own loss on these rows (B, L) falls, seen at 33 times,
+        so that each call of a sampler decides as much as any other. The paper's axis follows a
+        reader of all of x_t, of which the network sees C numbers. Returns the new taus.
+        """
+        grid = torch.linspace(0, 1, 33, device=tokens.device)
+        losses = []
+        for tau in grid:
+            # the same rows and noise each time, or the axis would get stairs
             rng = torch.Generator(tokens.device).manual_seed(seed)
             losses.append(self.loss(tokens, given, tau.expand(len(tokens)), rng).mean())
-        loss = torch.cummin(torch.stack(losses), 0).values - 1e-6 * grid        # it falls
-        # half of the old axis: one rough measure does little harm
+        # it falls, if only slightly
+        loss = torch.cummin(torch.stack(losses), 0).values - 1e-6 * grid
+        # half of the old axis stays: one rough measure does little harm
         fallen = 0.5 * (loss[0] - loss) / (loss[0] - loss[-1]) + 0.5 * grid
-        return self.taus.copy_(interpolate(self.taus, grid, fallen))
+        self.taus.copy_(interpolate(self.taus, grid, fallen))
+        return self.taus
 
     def t_of(self, tau):
+        """The time t at tau, any shape."""
         return interpolate(tau, self.taus, self.ts)
 
-    def noise_factor(self, n):
-        """R (k, C) with R^T R = E^T E: z R has the law of eps E for n positions' z ~ N(0, I_k).
-        One product of V C^2 and one C x C Cholesky, k = C; gradients reach E through it."""
+    def noise_factor(self, positions):
+        """
+        R (k, C) with R^T R = E^T E: z R has the law of eps E for z ~ N(0, I_k) at each position.
+        k = C, by a product of V C^2 and a Cholesky factor; gradients reach E through both.
+        """
         E = self.net.embed.float()
-        if min(n, len(E)) <= E.shape[1]:        # eps itself, k = V, costs less and is as small as E
+        V, C = E.shape
+        # eps itself, k = V, costs less for so few positions, and no less is to be had of small V
+        if min(positions, V) <= C:
             return E
-        with torch.autocast(E.device.type, enabled=False):      # bf16 would not be positive
-            gram = E.T @ E                                                      # (C, C)
-        jitter = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        factor, bad = torch.linalg.cholesky_ex(gram + jitter)   # does not wait for a GPU
-        return factor.T / (bad == 0)            # if it failed: not finite, which ends a training
+        # in bf16 the product would not be positive definite
+        with torch.autocast(E.device.type, enabled=False):
+            gram = E.T @ E  # (C, C)
+            jitter = 1e-6 * gram.diagonal().mean()
+            factor, failed = torch.linalg.cholesky_ex(gram + jitter * torch.eye(C, device=E.device))
+        # cholesky_ex does not wait for a GPU: a failure shows as a loss that is not finite
+        return torch.where(failed == 0, factor.T, math.nan)
 
     def noise(self, B, L, rng=None, factor=None):
-        """eps E, eps ~ N(0, I) in R^(B x L x V), without eps if that saves work: (B, L, C)."""
-        factor = self.noise_factor(B * L) if factor is None else factor
-        return torch.randn(B, L, len(factor), generator=rng, device=factor.device) @ factor
+        """eps E for eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C)."""
+        if factor is None:
+            factor = self.noise_factor(B * L)
+        z = torch.randn(B, L, len(factor), generator=rng, device=factor.device)
+        return z @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
         """Noisy rows at tau (B,): tokens (B, L) -> h (B, L, C); given positions stay clean."""
         t = self.t_of(tau)[:, None, None]
-        clean = self.net.embed[tokens].float()                                  # (B, L, C)
-        h = jump(self.noise(*tokens.shape, rng), clean, torch.zeros_like(t), t)
+        B, L = tokens.shape
+        clean = self.embedded(tokens)
+        h = (1 - t) * self.noise(B, L, rng) + t * clean
         return torch.where(given[..., None] < 0, h, clean)
 
     def predict(self, h, given, tau, tau_to=None, target=None):
-        """The network on rows h (B, L, C) brought to unit size -> logits (B, L, V), or nats."""
+        """
+        D_tau(h), or delta_{tau,tau_to}(h) of a flow map, as logits (B, L, V); tau (B,) or (1,).
+        With a target, ids (B, L) or probabilities (B, L, V): each row's cross-entropy (B,), nats.
+        """
+        # ours: rows come to the network at unit size, which over a vocabulary of 50,257 differs by
+        # 200 between noise and clean tokens. Mean squares per channel are |E|^2 / C for noise,
+        # which adds up over V tokens, and 1/V of that for one token. The size is a constant at
+        # each t, not each token's own norm, which says much where channels are few
         t = self.t_of(tau)[:, None, None]
         V, C = self.net.embed.shape
-        # mean squares per channel: |E|^2 / C for noise (it adds up over V tokens), 1/V of it for a
-        # clean token. A constant per t, not each token's own norm: of few channels that tells much
         size = torch.where(given[..., None] < 0, (1 - t) ** 2 + t ** 2 / V, 1 / V)
         size = (size / C).sqrt() * self.net.embed.detach().float().norm()
         return self.net(h / size, given, tau, tau_to, target)
 
     def loss(self, tokens, given, tau, rng=None):
         """Cross-entropy of the clean tokens, mean over positions not given: (B,), nats."""
-        h = self.corrupt(tokens, given, tau, rng)
-        if not self.config.squared:
-            return self.predict(h, given, tau, target=tokens)
-        p = self.predict(h, given, tau).softmax(-1)     # (B, L, V): dense, for comparisons only
-        return row_mean((p - F.one_hot(tokens, p.shape[-1])).square().sum(-1), given)
+        return self.predict(self.corrupt(tokens, given, tau, rng), given, tau, target=tokens)
 
     def begin(self, given, rng=None, factor=None):
-        """Pure noise around the given tokens: h (B, L, C)."""
-        clean = self.net.embed[given.clamp(min=0)].float()
-        return torch.where(given[..., None] < 0, self.noise(*given.shape, rng, factor), clean)
+        """Pure noise around the given tokens: h (B, L, C) at tau = 0."""
+        B, L = given.shape
+        return torch.where(given[..., None] < 0, self.noise(B, L, rng, factor), self.embedded(given))
 
     def jump(self, h, p, given, tau_s, tau_t):
-        """Move h from tau_s to tau_t (B,) along the prediction p (B, L, V); given rows stay."""
-        s, t = self.t_of(tau_s)[:, None, None], self.t_of(tau_t)[:, None, None]
+        """Move h from tau_s to tau_t along p (B, L, V); given positions stay as they are."""
+        s = self.t_of(tau_s)[:, None, None]
+        t = self.t_of(tau_t)[:, None, None]
         return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed.float(), s, t), h)
 
-    def read(self, p, given):
-        """Tokens (B, L) of predictions p (B, L, V): the likeliest at each position, or with bigrams
-        the likeliest row when neighbours count, too: alone, two may take halves of two answers."""
-        if not self.config.bigrams:
-            return (p * self.rare).argmax(-1)
-        score, ids = (p * self.rare).topk(8)
-        ids = torch.where(given[..., None] < 0, ids, given[..., None])          # (B, L, 8)
-        pairs = ids[:, :-1, :, None] * self.config.vocab + ids[:, 1:, None]     # (B, L-1, 8, 8)
-        at = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
-        links = self.links[torch.where(self.pairs[at] == pairs, at, 0)]         # 0: never seen
-        return ids.gather(-1, best_row(score.log(), links)[..., None])[..., 0]
+    @torch.no_grad()
+    def sample(self, given, nfe, rng=None, temperature=1.0, gamma=0.0, on_call=None):
+        """
+        Euler steps of a teacher, jumps of a student, on a uniform grid of tau: (B, L).
+        The text is the argmax of the last call, arXiv:2602.16813. gamma: 0 follows the flow; up to
+        1 each call overshoots and noise is added anew (no effect at nfe = 1).
+        """
+        B, L = given.shape
+        factor = self.noise_factor(B * L)
+        h = self.begin(given, rng, factor)
+        taus = torch.linspace(0, 1, nfe + 1, device=h.device)
+        for i in range(nfe):
+            tau = taus[i:i + 1]  # (1,): all rows are at the same time
+            tau_next = taus[i + 1:i + 2]
+            landing, rescale = self.gamma_landing(tau_next, gamma)
+            tau_to = landing if self.config.two_time else None
+            logits = without_specials(self.predict(h, given, tau, tau_to))
+            if on_call is not None or i == nfe - 1:
+                tokens = torch.where(given < 0, logits.argmax(-1), given)
+            if on_call is not None:
+                on_call(i, tokens)
+            if i == nfe - 1:
+                return tokens
+            p = (logits / temperature).softmax(-1)
+            h = self.jump(h, p, given, tau, landing)
+            if gamma > 0:
+                t = self.t_of(tau_next)
+                fresh = rescale * h + gamma * (1 - t) * self.noise(B, L, rng, factor)
+                h = torch.where(given[..., None] < 0, fresh, h)
 
-    def calls(self, given, nfe, rng, choose, sampler='euler', gamma=0.0):
-        """Yield at each network call a function: () -> what it would write; choose(logits) -> p.
-        sampler  euler (a student: its flow map) | ab2, of second order (Adams-Bashforth) | bridge
-        gamma    0: follow the flow; up to 1: predict the data, then noise again (not at nfe 1)"""
-        factor, last = self.noise_factor(given.numel()), None
-        h = clean = self.begin(given, rng, factor)                              # tau = 0
-        for now, then in pairwise(torch.linspace(0, 1, nfe + 1, device=h.device)[:, None]):
-            t = self.t_of(then)
-            # gamma: land nearer the data, at r, so that scaling by t/r leaves room for fresh noise:
-            # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, the noise level of time t
-            r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
-            to = interpolate(r, self.ts, self.taus) if gamma else then
-            now, to = (x.expand(len(given)) for x in (now, to))
-            p = choose(self.predict(h, given, now, to if self.config.two_time else None), now[0])
-            tokens = draw(p, rng) if sampler == 'bridge' else None
-            yield lambda: self.read(p, given) if tokens is None else tokens
-            if sampler == 'bridge':
-                e, s = self.net.embed[tokens].float(), self.t_of(now)[:, None, None]
-                h = bridge(h, e, s, t, self.noise(*given.shape, rng, factor))
-            else:
-                ahead = 0.5 * (p - last) if sampler == 'ab2' and last is not None else 0
-                h, last = self.jump(h, p + ahead, given, now, to), p
-                if gamma:
-                    h = t / r * h + gamma * (1 - t) * self.noise(*given.shape, rng, factor)
-            h = torch.where(given[..., None] < 0, h, clean)
+    def gamma_landing(self, tau_next, gamma):
+        """Where gamma sampling jumps to before it adds noise: tau_r, and the factor t/r."""
+        if gamma == 0:
+            return tau_next, 1
+        # ours: land at the r for which scaling by t/r leaves room for just the fresh noise,
+        # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, which keeps the law of x_t; the public code
+        # lands at 1 - (1-t) sqrt(1 - gamma^2), which does not
+        t = self.t_of(tau_next)
+        r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
+        return interpolate(r, self.ts, self.taus), t / r
 
-# ---- DiffuSeq and DLM-One: diffusion of embeddings and its one-call generator ----
+
+# -----------------------------------------------------------------------------
+# The embedding diffusion: its mathematics. Times of any shape that broadcasts
+
 def noise_level(t):
-    """a(t), b(t) of x_t = a x + b eps, a^2 + b^2 = 1: the square-root schedule of DiffuSeq, whose
-    index i of T = 2000 is t = 1 - (i+1)/T (arXiv:2210.08933). Any shape of t."""
+    """
+    a, b of x_t = a x + b eps with a^2 + b^2 = 1: the square-root schedule of DiffuSeq, whose index
+    i of T = 2000 is t = 1 - (i+1)/T (arXiv:2210.08933).
+    """
     # 2e-7: pure noise stays finite as b/a, the published table's last entry
     keep = ((1 - (1 - t + 1e-4).sqrt()) / 0.99).clamp(2e-7, 1)
     return keep.sqrt(), (1 - keep).sqrt()
 
-def ancestral(x_s, x, s, t, noise):
-    """Draw x_t, t > s, given x_s and the clean x: the exact posterior for any stride."""
-    (a_s, b_s), (a_t, b_t) = noise_level(s), noise_level(t)
-    keep = (a_s / a_t) ** 2                         # of the signal's power on the way back to s
+
+def ancestral_step(x_s, x, s, t, noise):
+    """Draw x_t, t > s, given x_s and the clean x: the posterior of arXiv:2006.11239, any stride."""
+    a_s, b_s = noise_level(s)
+    a_t, b_t = noise_level(t)
+    keep = (a_s / a_t) ** 2  # of the signal's power on the way back to s
     mean = (a_t * (1 - keep) * x + keep.sqrt() * b_t ** 2 * x_s) / b_s ** 2
     return mean + ((1 - keep) * b_t ** 2 / b_s ** 2).sqrt() * noise
 
-def ddim(x_s, x, s, t):
+
+def ddim_step(x_s, x, s, t):
     """Move x_s to a later time t along the clean x, without fresh noise (arXiv:2010.02502)."""
-    (a_s, b_s), (a_t, b_t) = noise_level(s), noise_level(t)
+    a_s, b_s = noise_level(s)
+    a_t, b_t = noise_level(t)
     return a_t * x + b_t / b_s * (x_s - a_s * x)
 
+
 class EmbeddingDiffusion(Model):
-    """DiffuSeq (arXiv:2210.08933): Gaussian diffusion of embeddings; the network guesses x.
-    Given positions keep their embedding at all times. The rounding head is E itself with a bias."""
-    GRAIN = 0.121       # the clean end is a little noisy, x = E[token] + 0.121 n: b at i = 0
+    """
+    DiffuSeq (arXiv:2210.08933): Gaussian diffusion of embeddings; the network guesses the clean x.
+    Given positions keep their embedding at all times. The rounding head is E itself with a bias.
+    """
 
-    def __init__(self, c):
-        super().__init__(c, out=c.code or c.width)
-        nn.init.normal_(self.net.embed)             # of the size of the noise
-        self.bias = nn.Parameter(torch.zeros(c.vocab))
-
-    def round(self, x, target=None, share=None):
-        """Logits (B, L, V) of the tokens that x (B, L, C) may stand for, or nats; see Denoiser."""
-        return logits_or_nats(x.float(), self.net.embed.float(), self.bias, 0, target, share)
+    def __init__(self, config):
+        super().__init__(config, config.channels)
+        nn.init.normal_(self.net.embed)  # of the size of the noise
+        self.bias = nn.Parameter(torch.zeros(config.vocab))
 
     def predict(self, x_t, given, t):
-        """The clean x (B, L, C) seen from x_t at time t (B,)."""
+        """The clean x (B, L, C) seen from x_t at time t, (B,) or (1,)."""
         return self.net(x_t, given, t)
 
-    def noise(self, x, rng=None):
-        return torch.randn(x.shape, generator=rng, device=x.device)
+    def rounding_logits(self, x):
+        """Logits (B, L, V) of the tokens that x (B, L, C) may stand for."""
+        return capped_logits(x.float(), self.net.embed.float(), self.bias, 0.0)
+
+    def rounding_nats(self, x, target, share):
+        """Cross-entropy (B,) of target, ids or probabilities, under the rounding of x; nats."""
+        return row_nats(x.float(), self.net.embed.float(), self.bias, 0.0, target, share)
+
+    def noise(self, like, rng=None):
+        return torch.randn(like.shape, generator=rng, device=like.device)
 
     def corrupt(self, x, clean, given, t, rng=None):
         """x_t (B, L, C) of x at times t (B,); given positions hold `clean`, their embeddings."""
@@ -368,233 +492,393 @@ class EmbeddingDiffusion(Model):
 
     def loss(self, tokens, given, t, rng=None):
         """Squared error of x, rounding term and anchor term, mean over positions: (B,)."""
-        clean = self.net.embed[tokens].float()                                  # (B, L, C)
-        x = clean + self.GRAIN * self.noise(clean, rng)
-        guess = self.predict(self.corrupt(x, clean, given, t, rng), given, t)
-        error = row_mean((guess - x).square().mean(-1), given)
+        embedded = self.embedded(tokens)
+        x = embedded + GRAIN * self.noise(embedded, rng)
+        if self.config.all_positions:
+            # DiffuSeq's own: the source is noised by the grain, and its error counts
+            source = x
+            counted = torch.full_like(given, -1)
+        else:
+            # ours: a clean source, and no error where nothing is written
+            source = embedded
+            counted = given
+        guess = self.predict(self.corrupt(x, source, given, t, rng), given, t)
+        loss = row_mean((guess - x).square().mean(-1), counted)
         # without the rounding term all embeddings would shrink to one point, error 0
-        error, a = error + self.round(x, tokens, 0 * given + 1 / x.shape[1]), self.config.anchor
-        return error + (a * self.round(guess, tokens, share_of(given)) if a else 0)
+        every = torch.full_like(loss, 1 / tokens.shape[1])[:, None].expand(tokens.shape)
+        loss = loss + self.rounding_nats(x, tokens, every)
+        if self.config.anchor:
+            # ours: the guess itself is to round to the right token
+            loss = loss + self.config.anchor * self.rounding_nats(guess, tokens, share_of(given))
+        return loss
 
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
-        clean = self.net.embed[given.clamp(min=0)].float()
-        b = noise_level(torch.tensor(self.config.start))[1]
+        clean = self.embedded(given)
+        _, b = noise_level(torch.tensor(self.config.start))
+        # ours (row_noise): all positions see the same noise, so they need not agree on theirs
         z = self.noise(clean[:, :1] if self.config.row_noise else clean, rng)
         return torch.where(given[..., None] < 0, b * z, clean)
 
     def generate(self, x_t, given):
-        """The one-call generator: x (B, L, C), with gradient."""
+        """The one-call generator of DLM-One: the clean x (B, L, C), with gradient."""
         return self.predict(x_t, given, torch.full_like(x_t[:, 0, 0], self.config.start))
 
-    def calls(self, given, nfe, rng, choose, sampler='ancestral'):
-        """As a flow's calls; sampler: ancestral | ddim, right for any stride."""
-        x_t = clean = self.begin(given, rng)
-        for s, t in pairwise(torch.linspace(self.config.start, 1, nfe + 1, device=x_t.device)):
-            x = self.predict(x_t, given, s.expand(len(given)))
-            yield lambda: choose(self.round(x)).argmax(-1)
-            x_t = (ddim(x_t, x, s, t) if sampler == 'ddim' else
-                   ancestral(x_t, x, s, t, self.noise(clean, rng)))
+    def nearest(self, x):
+        """The embedding nearest to each x (B, L, C): DiffuSeq's clamp."""
+        E = self.net.embed.float()
+        # |E - x|^2 is least where x E - |E|^2 / 2 is largest
+        closeness = F.linear(x.float(), E, -0.5 * E.square().sum(1))  # (B, L, V)
+        return self.embedded(closeness.argmax(-1))
+
+    @torch.no_grad()
+    def sample(self, given, nfe, rng=None, method='ancestral', clamp=False, on_call=None):
+        """
+        method: ancestral (DiffuSeq's) or ddim, both right for any stride -> (B, L).
+        clamp: each guess becomes the nearest embedding, DiffuSeq's own way.
+        """
+        x_t = self.begin(given, rng)
+        clean = self.embedded(given)
+        times = torch.linspace(self.config.start, 1, nfe + 1, device=x_t.device)
+        for i in range(nfe):
+            s, t = times[i], times[i + 1]
+            x = self.predict(x_t, given, s[None])
+            if on_call is not None or i == nfe - 1:
+                tokens = without_specials(self.rounding_logits(x)).argmax(-1)
+                tokens = torch.where(given < 0, tokens, given)
+            if on_call is not None:
+                on_call(i, tokens)
+            if i == nfe - 1:
+                return tokens
+            if clamp:
+                x = self.nearest(x)
+            if method == 'ddim':
+                x_t = ddim_step(x_t, x, s, t)
+            else:
+                x_t = ancestral_step(x_t, x, s, t, self.noise(clean, rng))
             x_t = torch.where(given[..., None] < 0, x_t, clean)
 
-# ---- The baselines, on tokens themselves: the same network, all it sees is given ----
+
+# -----------------------------------------------------------------------------
+# The baselines, on tokens themselves: the same network, and all that it sees is given
+
 class MaskedDiffusion(Model):
     """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
 
+    def __init__(self, config):
+        super().__init__(config, config.vocab)
+
     def predict(self, seen, **how):
-        """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked, or nats."""
-        h = torch.where(seen[..., None] < 0, 0, self.net.embed[seen.clamp(min=0)])
-        return self.net(h, seen, torch.zeros_like(h[:, 0, 0]), **how)           # it knows no time
+        """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked; see Denoiser."""
+        h = torch.where(seen[..., None] < 0, 0, self.embedded(seen))
+        no_time = torch.zeros(1, device=seen.device)  # the masks tell how far it is
+        return self.net(h, seen, no_time, **how)
 
     def loss(self, tokens, given, t, rng=None):
-        """Bound on -log p, nats per position not given: that of masked ones over 1 - t (B,)."""
-        hide = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
-        seen = torch.where(hide & (given < 0), -1, tokens)
+        """Bound on -log p, nats per position not given: the masked ones count 1/(1-t) each: (B,)."""
+        hidden = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
+        seen = torch.where(hidden & (given < 0), -1, tokens)
         share = share_of(given) * (seen < 0) / (1 - t[:, None]).clamp(min=1e-3)
         return self.predict(seen, target=tokens, share=share)
 
-    def calls(self, given, nfe, rng, choose):
-        """As a flow's calls: each writes a share of the masks."""
+    @torch.no_grad()
+    def sample(self, given, nfe, rng=None, temperature=1.0, on_call=None):
+        """Ancestral sampling: each call writes a share of the masks that are left: (B, L)."""
         seen = given
-        for s, t in pairwise(torch.linspace(0, 1, nfe + 1, device=given.device)):
-            tokens = draw(choose(self.predict(seen)), rng)
-            yield lambda: torch.where(seen < 0, tokens, seen)
-            # of the masks left at time s a share of (t - s) / (1 - s) goes by time t
+        times = torch.linspace(0, 1, nfe + 1, device=given.device)
+        for i in range(nfe):
+            s, t = times[i], times[i + 1]
+            logits = without_specials(self.predict(seen))
+            tokens = draw((logits / temperature).softmax(-1), rng)
+            tokens = torch.where(seen < 0, tokens, seen)
+            if on_call is not None:
+                on_call(i, tokens)
+            # of the masks left at time s a share of (t - s) / (1 - s) is written by time t
             now = torch.rand(given.shape, generator=rng, device=given.device) < (t - s) / (1 - s)
-            seen = torch.where(now & (seen < 0), tokens, seen)
+            seen = torch.where(now | (seen >= 0), tokens, seen)
+        return tokens
+
 
 class Autoregressive(MaskedDiffusion):
-    """Writes from left to right: at each position it sees those before, and predicts its token."""
+    """Writes from left to right: each position sees those before it, and predicts its token."""
 
     def loss(self, tokens, given, tau=None, rng=None):
         """-log p of each token given all before it, mean over positions not given: (B,), nats."""
-        before = F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab - 1)
+        before = F.pad(tokens[:, :-1], (1, 0), value=self.config.vocab - 1)  # <bos> is the first
         return self.predict(before, target=tokens, share=share_of(given))
 
-    def calls(self, given, nfe, rng, choose):
-        """As a flow's calls, but L of them, whatever nfe says."""
-        c, (B, L), W = self.config, given.shape, self.net.head.weight[:0]
-        cache = F.linear(W, W).new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
-        row = torch.full((B, L + 1), c.vocab - 1, device=given.device)          # <bos> and the row
+    @torch.no_grad()
+    def sample(self, given, nfe=None, rng=None, temperature=1.0, on_call=None):
+        """One call for each of L tokens, whatever nfe says, with a cache of keys and values."""
+        c = self.config
+        B, L = given.shape
+        # of the type that attention computes in, under autocast, too
+        empty = self.net.head.weight[:0]
+        cache = F.linear(empty, empty).new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
+        row = torch.full((B, L + 1), c.vocab - 1, device=given.device)  # <bos>, then the text
         for at in range(L):
-            p = choose(self.predict(row[:, at:at + 1], cache=cache, at=at))
-            row[:, at + 1] = torch.where(given[:, at] < 0, draw(p, rng)[:, 0], given[:, at])
-            yield lambda: row[:, 1:]
+            logits = without_specials(self.predict(row[:, at:at + 1], cache=cache, at=at))
+            token = draw((logits / temperature).softmax(-1), rng)[:, 0]
+            row[:, at + 1] = torch.where(given[:, at] < 0, token, given[:, at])
+            if on_call is not None:
+                on_call(at, row[:, 1:])
+        return row[:, 1:]
 
-# ---- What the models share ----
+
 def build(config):
-    """The model a Config describes."""
-    return {'flm': OneHotFlow, 'diffuseq': EmbeddingDiffusion, 'mdlm': MaskedDiffusion,
-            'ar': Autoregressive}[config.model](config)
+    """The model that a Config describes."""
+    kinds = {'flm': OneHotFlow, 'diffuseq': EmbeddingDiffusion, 'mdlm': MaskedDiffusion,
+             'ar': Autoregressive}
+    return kinds[config.model](config)
 
-@torch.no_grad()
-def write_rows(model, given, nfe, rng=None, temperature=1.0, watch=None, **how):
-    """Write the tokens that are not given (B, L), in nfe network calls: (B, L).
-    temperature: see cool; watch(i, tokens) sees what a call writes: without it only the last."""
-    def choose(logits, tau=1):
-        logits = cool(logits, tau, temperature)
-        logits[..., -2:] = -torch.inf                   # <sep> and <bos> are never written
-        return logits.softmax(-1)
-    nfe = given.shape[1] if model.config.model == 'ar' else nfe
-    # in this order zip does not ask for a state after the last call
-    for i, read in zip(range(nfe), model.calls(given, nfe, rng, choose, **how)):
-        tokens = torch.where(given < 0, read(), given) if watch or i == nfe - 1 else None
-        watch and watch(i, tokens)
-    return tokens
 
 def is_student(config):
     """Whether a model has been distilled: a flow map, or a generator that starts late."""
     return config.two_time or config.start > 0
 
+
+# -----------------------------------------------------------------------------
+# What the models share: shares of positions, tokens from logits
+
 def share_of(given):
-    """What each position not given has in the mean of its row: (B, L)."""
-    return (given < 0) / (given < 0).sum(1, keepdim=True).clamp(min=1)
+    """What each position has in the mean over those not given of its row: (B, L)."""
+    written = given < 0
+    return written / written.sum(1, keepdim=True).clamp(min=1)
+
 
 def row_mean(x, given):
     """Mean of x (B, L) over the positions not given: (B,)."""
     return (x * share_of(given)).sum(1)
 
-def cool(logits, tau, temperature):
-    """Logits at a temperature that a flow comes to from 1 along tau; others are at tau = 1."""
-    return logits / (1 + (temperature - 1) * tau)       # early guesses, means of many texts, stay
+
+def without_specials(logits):
+    """Logits under which <sep> and <bos>, the last two ids, are never written; in place."""
+    logits[..., -2:] = -math.inf
+    return logits
+
 
 def draw(p, rng=None):
-    """One token per position: (B, L, V) -> (B, L). torch.multinomial would wait for a GPU."""
-    return (p / torch.empty_like(p).exponential_(generator=rng)).argmax(-1)
+    """One token for each position: p (B, L, V) -> (B, L), by one uniform number and a running sum."""
+    rising = p.cumsum(-1)
+    u = torch.rand(p.shape[:-1], generator=rng, device=p.device)[..., None]
+    tokens = torch.searchsorted(rising, u * rising[..., -1:], right=True)[..., 0]
+    # rounding may take u to the end, where <sep> and <bos> are
+    return tokens.clamp(max=p.shape[-1] - 3)
 
-def logits(y, weight, bias, cap):
+
+# -----------------------------------------------------------------------------
+# The loss over a large vocabulary
+
+def capped_logits(y, weight, bias, cap):
     """y W^T + b in fp32, softly capped if `cap` is not 0: (..., D) -> (..., V)."""
-    x = F.linear(y, weight, bias).float()
-    return x.div_(cap).tanh_() * cap if cap else x
+    z = F.linear(y, weight, bias).float()
+    if cap:
+        z = cap * torch.tanh(z / cap)
+    return z
 
-@torch.compiler.allow_in_graph          # torch 2.13 fails to trace inside
+
+def row_nats(y, weight, bias, cap, target, share):
+    """Cross-entropy of rows (B,): y (B, L, D), target (B, L) ids or (B, L, V), share (B, L)."""
+    # the type of products, under autocast, too
+    dtype = F.linear(y[:0], weight[:0]).dtype
+    nats = CrossEntropy.apply(
+        y.flatten(0, 1).to(dtype), weight.to(dtype), bias.to(dtype), cap,
+        target.flatten(0, 1), share.flatten())
+    return nats.view(share.shape).sum(1)
+
+
+def positions_at_once(device, vocab):
+    """How many positions' logits exist at a time: what fits a CPU's cache, or fills a GPU."""
+    if device.type == 'cuda':
+        return max(1, 2 ** 27 // vocab)
+    return max(64, 2 ** 20 // vocab)
+
+
+@torch.compiler.allow_in_graph  # torch 2.13 fails to trace inside
 class CrossEntropy(torch.autograd.Function):
-    """Share (n,) of the nats of ids (n,) or p (n, V) under logits of y (n, D): (n,), fp32.
-    A CHUNK of logits at a time, and each only once: its gradients are taken on the spot, no (n, V)
-    is kept. Therefore all positions must count alike in what is minimised, but for their share."""
+    """
+    Share (n,) of the nats of ids (n,) or probabilities (n, V) under the logits of y (n, D): (n,).
+
+    Logits are computed for a chunk of positions at a time, and only once: their gradients are taken
+    on the spot, in the forward pass, and no (n, V) is kept. Therefore all positions must count
+    alike in what is minimised, but for their share; RuntimeError otherwise.
+    """
+
     @staticmethod
     def forward(ctx, y, weight, bias, cap, target, share):
-        n = max(1, CHUNK[y.device.type] // len(weight))
-        nats, y_grad, w_grad, b_grad = [], [], torch.zeros_like(weight, dtype=torch.float32), 0
-        for y_n, aim, s in zip(*(x.split(n) for x in (y, target, share[:, None]))):
-            x, ids = logits(y_n, weight, bias, cap), aim[:, None]
-            p = x - x.logsumexp(-1, keepdim=True)   # log_softmax; torch 2.13 compiles that wrong
-            nats.append(-s * (p.gather(1, ids) if aim.ndim == 1 else (p * aim).sum(1, True)))
-            if ctx.needs_input_grad[0]:
-                p = p.exp_().mul_(s)        # (softmax - target) times share, times the cap's slope
-                p.scatter_add_(1, ids, -s) if aim.ndim == 1 else p.addcmul_(s, aim, value=-1)
-                cap and p.addcmul_(p, x.div_(cap).square_(), value=-1)
-                b_grad, p = b_grad + p.sum(0), p.to(y.dtype)
-                y_grad.append(p @ weight)
-                w_grad += (p.T @ y_n).float()
-                x = p = None            # gone before the next ones come
-        ctx.needs_input_grad[0] and ctx.save_for_backward(torch.cat(y_grad), w_grad, b_grad)
-        return torch.cat(nats)[:, 0]
+        n = len(y)
+        size = min(n, positions_at_once(y.device, len(weight)))
+        # chunks of equal size, filled up by rows without a share: torch 2.13 miscompiles
+        # log_softmax over chunks of unequal size
+        extra = -n % size
+        if extra:
+            y = F.pad(y, (0, 0, 0, extra))
+            target = F.pad(target, (0, extra) if target.ndim == 1 else (0, 0, 0, extra))
+            share = F.pad(share, (0, extra))
+
+        nats = []
+        y_grad = []
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32)
+        for y_n, target_n, share_n in zip(y.split(size), target.split(size), share.split(size)):
+            nats_n, slope = CrossEntropy.chunk(
+                y_n, weight, bias, cap, target_n, share_n[:, None], ctx.needs_input_grad[0])
+            nats.append(nats_n)
+            if slope is not None:
+                bias_grad += slope.sum(0)
+                slope = slope.to(y.dtype)
+                y_grad.append(slope @ weight)
+                weight_grad += (slope.T @ y_n).float()
+        if y_grad:
+            ctx.save_for_backward(torch.cat(y_grad)[:n], weight_grad, bias_grad)
+        return torch.cat(nats)[:n]
+
+    @staticmethod
+    def chunk(y, weight, bias, cap, target, share, want_slope):
+        """Nats (n,) of one chunk and, if wanted, their slope in the logits (n, V)."""
+        # z = cap tanh(y W^T + b), both scaled by 1/cap
+        z = F.linear(y, weight, bias).float()
+        if cap:
+            z = z.div_(cap).tanh_()
+        log_p = F.log_softmax(cap * z if cap else z, dim=-1)
+        if target.ndim == 1:
+            nats = -share * log_p.gather(1, target[:, None])
+        else:
+            nats = -share * (log_p * target).sum(1, keepdim=True)
+        if not want_slope:
+            return nats[:, 0], None
+
+        # softmax - target, times the slope of the cap, 1 - tanh^2, times the share
+        slope = log_p.exp_()
+        if target.ndim == 1:
+            slope.scatter_add_(1, target[:, None], torch.full_like(share, -1))
+        else:
+            slope.sub_(target)
+        if cap:
+            slope.addcmul_(slope, z.square_(), value=-1)
+        return nats[:, 0], slope.mul_(share)
 
     @staticmethod
     def backward(ctx, grad):
-        torch._assert_async((grad == grad[0]).all())        # without waiting for a GPU
-        return *(x * grad[0] for x in ctx.saved_tensors), None, None, None
+        # asked without waiting for a GPU
+        torch._assert_async((grad == grad[0]).all())
+        y_grad, weight_grad, bias_grad = ctx.saved_tensors
+        scale = grad[0]
+        return y_grad * scale, weight_grad * scale, bias_grad * scale, None, None, None
 
-def logits_or_nats(y, weight, bias, cap, target, share):
-    """Logits (B, L, V) of y (B, L, D), or with a target and shares (B, L) nats of rows (B,)."""
-    if target is None:
-        return logits(y, weight, bias, cap)
-    dtype = F.linear(y[:0], weight[:0]).dtype       # that of products, under autocast, too
-    y, weight, bias = (x.to(dtype) for x in (y.flatten(0, 1), weight, bias))
-    nats = CrossEntropy.apply(y, weight, bias, cap, target.flatten(0, 1), share.flatten())
-    return nats.view(share.shape).sum(1)
 
-# ---- Tokenizers, files and checkpoints: tensors and plain values only ----
-def encoding(spec):
-    """The tiktoken.Encoding of a dict {name, pattern, tokens as latin-1 strings in rank order}."""
-    import tiktoken
-    ranks = {token.encode('latin-1'): i for i, token in enumerate(spec['tokens'])}
-    return tiktoken.Encoding(spec['name'], pat_str=spec['pattern'], mergeable_ranks=ranks,
-                             special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIAL)})
+# -----------------------------------------------------------------------------
+# Devices, seeds, and writing rows
 
-def split_rows(rows, meta):
-    """Rows (B, L) -> per row (ids of the source, ids of the text up to its <eos> or a <pad>)."""
-    eos, pad, sep, _ = meta['special'].values()
-    for row in rows.tolist():
-        source = row[:row.index(sep)] if meta['pairs'] else []
-        at = len(source) + 1 if meta['pairs'] else 0
-        while meta['pairs'] and row[at:at + 1] == [pad]:
-            at += 1
-        ends = [row.index(x, at) for x in (eos, pad) if x in row[at:] and meta['kind'] == 'rows']
-        yield source, row[at:min(ends, default=None)]
+def fail(message):
+    """End with one line on stderr and exit status 2, as prepare_data.fail does."""
+    # of several processes the first speaks for all
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+    raise SystemExit(2)
 
-def write_whole(path, data):
-    """Write bytes or an array completely or not at all: to a file beside it, then os.replace."""
-    temporary = Path(f'{path}.tmp')
+
+def pick_device(name=''):
+    """The torch.device named, else the machine's accelerator, else its CPU."""
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        best = torch.accelerator.current_accelerator(check_available=True)
+        return torch.empty(1, device=name or best or 'cpu').device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f'--device {name} is not available; leave it out to use what there is')
+
+
+def autocast(device):
+    """bf16 where a GPU has it, fp32 elsewhere."""
+    has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    # a cached cast of weights would outlive their update, or lack their gradient
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16, cache_enabled=False)
+
+
+def generator(device, *key):
+    """A random generator seeded by the numbers in `key`: a resumed run needs no saved state."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+@torch.no_grad()
+def write_rows(model, given, nfe, seed, **how):
+    """model.sample for given (B, L), at most 256 rows at a time: rows on the CPU, and seconds."""
+    device = next(model.parameters()).device
+    rng = generator(device, seed, 2)
+    # so that (rows, L, V) stays below 4 GB
+    rows_at_once = max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))
+    rows = []
+    start = time.perf_counter()
+    with autocast(device):
+        for part in given.split(rows_at_once):
+            rows.append(model.sample(part.to(device), nfe, rng, **how).cpu())
+    return torch.cat(rows), time.perf_counter() - start
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: tensors and plain values only
+
+def save(path, model, ema, optimisers=(), **more):
+    """Write a checkpoint file, whole or not at all; `more` holds tensors and plain values."""
+    ckpt = {
+        'format': FORMAT,
+        'config': asdict(model.config),
+        'model': model.state_dict(),
+        'ema': ema.state_dict(),
+        'optimisers': [optimiser.state_dict() for optimiser in optimisers],
+        'torch': str(torch.__version__),
+        **more,
+    }
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
-            f.write(data)
-            f.flush(), os.fsync(f.fileno())
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        fail(f'{path}: cannot be written ({e.strerror}); make room, or name another folder')
+    except (OSError, RuntimeError) as e:  # torch.save's own writer raises the latter
+        fail(f'{path}: cannot be written ({getattr(e, "strerror", None) or e}); make room, or name '
+             'another folder')
     finally:
-        os.path.exists(temporary) and temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
-def write_dataset(folder, train, val, spec, **about):
-    """folder/{train,val}.bin, then meta.json: a folder that has a meta.json is complete."""
-    V = len(spec['tokens'])
-    meta = {'format': 1, 'name': Path(folder).name, 'vocab': V + len(SPECIAL), **about,
-            'special': {name: V + i for i, name in enumerate(SPECIAL)}, 'train_tokens': len(train),
-            'val_tokens': len(val), 'tokenizer': spec}
-    meta['crc'] = checksum(meta, train, val)
-    about = json.dumps(meta).encode()
-    for name, data in ('train.bin', train), ('val.bin', val), ('meta.json', about):
-        write_whole(Path(folder) / name, data)
-
-def checksum(meta, *ids):
-    """Of all that a data folder holds; of files from 256 MB on only the length, to start fast."""
-    about = json.dumps({**meta, 'crc': 0}).encode()
-    return [zlib.crc32(x if len(x) < 2 ** 27 else str(len(x)).encode()) for x in (about, *ids)]
 
 def load(path, device='cpu'):
-    """model.pt or its folder -> (averaged model in eval mode, checkpoint dict), or one line."""
-    path = Path(path) / 'model.pt' if Path(path).suffix != '.pt' else Path(path)
-    if not os.path.isfile(path):        # Path's own raises where a name is too long
-        fail(f'{path}: no such checkpoint; make one with train_teacher.py, then distill.py')
+    """A model.pt, or the folder of one -> (averaged model in eval mode, checkpoint dict)."""
+    path = Path(path)
+    if path.suffix != '.pt':
+        path = path / 'model.pt'
+    # os.path.isfile is False where Path's own would raise, as of names that are too long
+    if not os.path.isfile(path):
+        fail(f'{path}: no such checkpoint; make one: python train_teacher.py')
     try:
-        whole = not zipfile.ZipFile(path).testzip()     # which looks at all checksums
-        ckpt = torch.load(path, map_location='cpu', weights_only=True) if whole else {}
-        if ckpt['format'] > FORMAT:
-            fail(f'{path}: its format {ckpt["format"]} is newer than this code (format {FORMAT})')
+        # looks at all checksums: torch.load would not notice a flipped bit
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError('checksum')
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        version = ckpt['format']
+    except Exception as e:  # torch.load raises a dozen different types
+        fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
+    if version != FORMAT:
+        fail(f'{path}: has format {version}, this code reads format {FORMAT}; train it anew, or use '
+             'the code that wrote it')
+    try:
         model = build(Config(**ckpt['config']))
         model.load_state_dict(ckpt['ema'])
-    except Exception as e:              # torch.load raises a dozen different types
-        fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
+    except Exception as e:
+        fail(f'{path}: weights and config do not belong together ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt
 
-def save(path, model, ema, opts=(), **more):
-    """A checkpoint file, whole or not at all; `more` holds tensors and plain values."""
-    ckpt = {'format': FORMAT, 'config': asdict(model.config), 'model': model.state_dict(),
-            'ema': ema.state_dict(), 'optimisers': [opt.state_dict() for opt in opts],
-            'torch': str(torch.__version__), **more}
-    buffer = io.BytesIO()
-    torch.save(ckpt, buffer)
-    write_whole(path, buffer.getbuffer())
+
+def checkpoint_path(path):
+    """The .pt file that a checkpoint's name, a file or a folder, stands for."""
+    path = Path(path)
+    return path if path.suffix == '.pt' else path / 'model.pt'
+
+
+def newest_checkpoint(pattern):
+    """The newest file that matches, such as 'out/*/teacher/model.pt'; None if there is none."""
+    found = sorted(Path().glob(pattern), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None

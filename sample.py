@@ -1,220 +1,656 @@
-"""Write text with a trained model, in one network call by default.
-
-    python sample.py                                          # out/pydocs/student, 8 sentences
-    python sample.py --compare out/pydocs/teacher             # same noise: teacher and student
-    python sample.py --infill "Return ____ of the file."      # one token for each _; or --prompt
-    python sample.py out/dates/student --source 1987-03-23    # or one source per line on stdin
-    python sample.py out/pydocs/teacher --nfe 64 --watch      # see it denoise
 """
-import functools
+Write text with a trained model, in one network call by default.
+
+    python sample.py                            # 8 texts of the newest student
+    python sample.py assets/pydocs-student.pt --prompt "Return the" -n 20
+    python sample.py assets/pydocs-student.pt --infill "Return ____ of the file."
+    python sample.py assets/dates-one-call.pt --source 2024-02-29
+    python sample.py assets/pydocs-teacher.pt --nfe 64 --watch
+    python sample.py assets/pydocs-student.pt --compare assets/pydocs-teacher.pt
+
+Texts go to stdout, one a line. Which model wrote them, and figures that tell text from noise, go to
+stderr.
+"""
+
 import html
-import math
+import os
 import re
+import shutil
 import signal
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from prepare_data import date_forms, encode, fail, parse
+import torch
+
+from model import is_student, load, newest_checkpoint, pick_device, save, write_rows
+from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
+                          run_script, share, split_rows, to_texts, write_whole)
+
+# the weights that come with this file, the first of these that is there
+SHIPPED = ['stories-student.pt', 'pydocs-student.pt']
+
+# network calls of a teacher or of MDLM, unless --nfe says otherwise
+TEACHER_CALLS = 64
+
+# rows of a health line under --compare: fewer would not tell the models apart
+COMPARED_ROWS = 256
+
+# rows of a frame of --watch and --film; columns of a film, and the height of its lines in pixels
+FRAME_ROWS = 8
+FILM_ROWS = 6
+FILM_COLUMNS = 60
+FILM_LINE = 21
+
+# in --infill; it takes the space before it along, as tokens do: else that would be one of its own
+HOLE = r' ?(?<!\\)_'
+
+# what each kind of model lets one choose of its sampler, and whom each choice is for
+SAMPLER_OPTIONS = {
+    'flm': ['temperature', 'gamma'],
+    'diffuseq': ['method', 'clamp'],
+    'mdlm': ['temperature'],
+    'ar': ['temperature'],
+}
+FOR_WHOM = {
+    'temperature': 'flows, MDLM and autoregressive models',
+    'gamma': 'flows',
+    'method': 'diffusions',
+    'clamp': 'diffusions',
+}
+
+
+def parse(argv=None):
+    """The options of a command line: a Namespace. What is not given is None."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    # which model
+    add('checkpoint', nargs='?', help='a .pt file, or the folder of model.pt; the newest student')
+    add('--device', default='', help='cpu, cuda or mps; the best there is')
+    # what to write
+    add('-n', type=positive, help='rows to write, for each source [8]')
+    add('--prompt', help='text to begin with')
+    add('--infill', help='text with holes, one _ for each token to write; \\_ is a real underscore')
+    add('--source', help='for models of pairs: the source; without it, each line on stdin is one')
+    # how to write
+    add('--nfe', type=positive, help='network calls [1; 64 if not a student]')
+    add('--seed', type=count, default=0, help='of the noise')
+    add('--temperature', type=rate, help='of predictions, all but diffusions: logits / T [1]')
+    add('--gamma', type=share, help='flows: 0 follows the flow, up to 1 noise is added anew [0]')
+    add('--method', choices=['ancestral', 'ddim'], help='diffusions: the sampler [ancestral]')
+    add('--clamp', action='store_true', default=None,
+        help='diffusions: each guess becomes the nearest embedding')
+    add('--mbr', type=positive, help='write N rows, print the one most like the others')
+    # what to show
+    add('--watch', action='store_true', help='draw each network call in the terminal')
+    add('--compare', metavar='TEACHER', help='its rows in 1 and 64 calls beside ours, same noise')
+    add('--film', metavar='SVG', help='of --compare: draw the teacher\'s calls over our result')
+    # the file itself
+    add('--info', action='store_true', help='describe the checkpoint and stop')
+    add('--export', metavar='FILE', help='write the averaged weights in half precision and stop')
+    add('--overwrite', action='store_true', help='--export may replace a file')
+    return parser.parse_args(argv)
+
+
+# -----------------------------------------------------------------------------
+# Checks: all of them before any work. First those that need no model
+
+def check_ranges(options):
+    """Stop at numbers that argparse's types let pass."""
+    if options.n is not None and options.n > 10 ** 6:
+        fail(f'-n {options.n}: must be from 1 to 1,000,000')
+    if options.nfe is not None and options.nfe > 10 ** 5:
+        fail(f'--nfe {options.nfe}: must be from 1 to 100,000')
+    # each row is compared with each other
+    if options.mbr is not None and not 2 <= options.mbr <= 1000:
+        fail(f'--mbr {options.mbr}: must be from 2 to 1,000')
+    if options.temperature is not None and not 0.01 <= options.temperature <= 100:
+        fail(f'--temperature {options.temperature}: must be from 0.01 to 100')
+
+
+def check_texts(options):
+    """Stop at texts that are empty, no Unicode, or do not go together."""
+    given = [name for name in ('prompt', 'infill', 'source') if getattr(options, name) is not None]
+    if len(given) > 1:
+        fail(f'--{given[0]} and --{given[1]} do not go together; give one of them')
+    for name in given:
+        text = getattr(options, name)
+        if not text.strip():
+            fail(f'--{name} is empty; leave it out, or give a text')
+        check_unicode(f'--{name}', text)
+    if options.infill is not None and not re.search(HOLE, options.infill):
+        fail('--infill has no hole; put a _ for each token that is to be written')
+
+
+def check_unicode(where, text):
+    """Stop at what the shell passed on but is no text: bytes that are not in its encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail(f'{where}: {text!r} is not text in UTF-8')
+
+
+def check_together(options):
+    """Stop at options that contradict each other, or that do nothing without another one."""
+    if options.n is not None and options.mbr is not None:
+        fail('-n and --mbr do not go together: --mbr prints one row for each source')
+    if options.film is not None and options.compare is None:
+        fail('--film draws what --compare shows; add --compare TEACHER')
+    if options.overwrite and options.export is None:
+        fail('--overwrite is for --export; add --export FILE')
+    if options.info and options.export is not None:
+        fail('--info and --export do not go together; run one after the other')
+    if options.compare is not None:
+        for name in ('mbr', 'watch', 'info', 'export'):
+            if getattr(options, name):
+                fail(f'--compare and --{name} do not go together; run one after the other')
+
+
+def check_files(options):
+    """Stop at files that cannot be what --export and --film write."""
+    for name, suffix in (('export', '.pt'), ('film', '.svg')):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        if Path(path).suffix != suffix:
+            fail(f'--{name} {path}: the name must end in {suffix}')
+        if os.path.isdir(path):
+            fail(f'--{name} {path}: is a folder; give the name of a file')
+    if options.export is not None and os.path.exists(options.export) and not options.overwrite:
+        fail(f'--export {options.export}: the file exists; give another name, or add --overwrite')
+
+
+# Then those that know the model
+
+def check_model(options, kinds, pairs, path):
+    """Stop at options that no model here heeds: kinds are config.model of all that will write."""
+    for name in FOR_WHOM:
+        heeded = any(name in SAMPLER_OPTIONS[kind] for kind in kinds)
+        if getattr(options, name) is not None and not heeded:
+            fail(f'--{name} is for {FOR_WHOM[name]}; {path} is of the kind {kinds[0]}')
+    if options.nfe is not None and kinds[0] == 'ar':
+        fail(f'--nfe: {path} is autoregressive, it takes one call for each token; leave --nfe out')
+    if pairs and options.prompt is not None:
+        fail(f'--prompt: {path} is a model of pairs; give it a --source')
+    if pairs and options.infill is not None:
+        fail(f'--infill: {path} is a model of pairs; give it a --source')
+    if not pairs and options.source is not None:
+        fail(f'--source: {path} is not a model of pairs; give it a --prompt or --infill')
+
+
+def check_teacher(ours, teacher):
+    """Stop at models of which the same noise cannot be shown."""
+    if is_student(teacher.model.config):
+        fail(f'--compare {teacher.path}: is a student; name a teacher or a baseline')
+    if teacher.meta['tokenizer'] != ours.meta['tokenizer']:
+        fail(f'--compare {teacher.path}: has another tokenizer than {ours.path}')
+    for name in ('length', 'kind', 'pairs'):
+        if teacher.meta[name] != ours.meta[name]:
+            fail(f'--compare {teacher.path}: {name} of its rows is {teacher.meta[name]}, '
+                 f'that of {ours.path} is {ours.meta[name]}')
+
+
+# -----------------------------------------------------------------------------
+# The model
 
 @dataclass
-class Options:
-    checkpoint: str = 'out/pydocs/student'  # folder or .pt file; if missing, assets/'s
-    nfe: int = 1                # network calls
-    n: int = 8                  # rows to write (for each source)
-    mbr: int = 0                # for each source: write the one of so many rows most like the rest
-    seed: int = 0               # of the noise
-    sampler: str = ''           # flm teachers: euler | ab2 | bridge; diffuseq: ancestral | ddim
-    gamma: float = 0.0          # 0 follows the flow, 1 predicts the data and noises again
-    temperature: float = 1.0    # of predictions; a flow gets there from 1, so one call stays
-    prompt: str = ''            # text to begin with
-    infill: str = ''            # text with holes, one _ per token
-    source: str = ''            # for models of pairs: the source; without it, lines on stdin
-    compare: str = ''           # a teacher: its rows at 1 and 64 calls beside ours, same noise
-    film: str = ''              # of --compare: an animated SVG to write
-    watch: bool = False         # animate the denoising in the terminal
-    info: bool = False          # describe the checkpoint and stop
-    export: str = ''            # write its averaged weights to this file, in half precision
-    device: str = ''            # cpu, cuda or mps; default the best there is
+class Writer:
+    """A model, the name of its checkpoint, and what is known of the data that it has learnt."""
+    path: str
+    model: torch.nn.Module
+    meta: dict
+    encoding: object
+    data: str
 
-OPTIONS = parse(Options, positional='checkpoint') if __name__ == '__main__' else None
 
-import torch  # noqa: E402
+def tell(message):
+    """A line on stderr, where it does not mix with the texts."""
+    print(message, file=sys.stderr, flush=True)
 
-from model import (encoding, is_student, load, save, split_rows, write_rows,  # noqa: E402
-                   write_whole)
-from train_teacher import autocast, generator, load_data, pick_device  # noqa: E402
 
-# ---- Writing rows ----
-def known_row(meta, enc, o, source):
-    """What is known of a row: given (1, L), ids, -1 at positions to be written."""
-    L, (eos, pad, sep, _) = meta['length'], meta['special'].values()
-    if (spec := meta['tokenizer'])['name'] == 'dates':          # no bytes to fall back on
-        for piece in re.findall(spec['pattern'] + '|.', source, re.S):
-            if piece not in spec['tokens']:
-                fail(f'{piece!r} is not in the vocabulary of this model')
-    ids = encode(enc, source) + [sep] if source else []
-    # a hole takes the space before it along, as tokens do: else the space would be one of its own
-    for part in re.split('( ?_)', o.infill) if o.infill else [o.prompt]:
-        ids += [-1] if part in ('_', ' _') else encode(enc, part)
-    if len(ids) > L - 1:
-        fail(f'{len(ids)} tokens are given, but a row of this model holds {L}; shorten the text')
-    if o.infill and meta['kind'] == 'rows':         # nothing comes behind the last given word
-        ids += [eos] + [pad] * (L - len(ids) - 1)
-    return torch.tensor([ids + [-1] * (L - len(ids))])
+def default_checkpoint():
+    """The newest student under out/, else the shipped weights; a line says which."""
+    found = []
+    for pattern in ('out/*/student/model.pt', 'out/*/one-call/model.pt'):
+        path = newest_checkpoint(pattern)
+        if path is not None:
+            found.append(path)
+    if found:
+        path = max(found, key=os.path.getmtime)
+        tell(f'model: {path}, the newest student')
+        return path
+    for name in SHIPPED:
+        path = Path(__file__).parent / 'assets' / name
+        if path.is_file():
+            tell(f'model: {path}, which comes with this code')
+            break
+    return path
 
-def write(model, given, nfe, seed, **how):
-    """The model's rows for given (B, L), to 256 at a time: ((B, L) on the CPU, seconds)."""
-    device = next(model.parameters()).device
-    rng, rows, start = generator(device, seed, 2), [], time.perf_counter()
-    with autocast(device):
-        for part in given.split(max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))):
-            rows.append(write_rows(model, part.to(device), nfe, rng, **how).cpu())
-    return torch.cat(rows), time.perf_counter() - start
 
-def most_alike(pairs):
-    """Minimum Bayes risk: the (source, text) whose words and word pairs most others share."""
-    bags = [Counter(words) + Counter(zip(words, words[1:]))
-            for words in (text.split() for _, text in pairs)]
-    alike = [sum((a & b).total() / max(1, (a | b).total()) for b in bags) for a in bags]
-    return pairs[alike.index(max(alike))]
+def make_writer(path, model, ckpt):
+    """A Writer of what model.load returns."""
+    meta = ckpt['meta']
+    # students of older checkpoints know their data by their teacher only
+    data = ckpt['options'].get('data') or ckpt.get('teacher', {}).get('data', '')
+    return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data)
 
-# ---- Is it text? ----
-def as_rows(ids, L):
-    """Flat ids of a .bin file -> its whole rows (n, L)."""
-    return torch.from_numpy(ids[:len(ids) // L * L].astype('int64')).view(-1, L)
 
-def to_texts(rows, meta, enc=None):
-    """Rows (B, L) -> list of (source, text)."""
-    enc = enc or encoding(meta['tokenizer'])
-    return [(enc.decode(source), enc.decode(text)) for source, text in split_rows(rows, meta)]
+def role(config):
+    """What a model is to its reader: student, teacher, mdlm or ar."""
+    if config.model in ('mdlm', 'ar'):
+        return config.model
+    return 'student' if is_student(config) else 'teacher'
 
-@functools.lru_cache(maxsize=1)
-def corpus_words(folder, limit=5_000_000):
-    """The set of words in the first `limit` training tokens of data/<name>."""
-    meta, train, _ = load_data(folder)
-    return set(re.findall('[a-z]+', encoding(meta['tokenizer']).decode(train[:limit]).lower()))
 
-def entropy_of(items):
-    """Entropy in nats of how often each item occurs."""
-    return sum(c / len(items) * math.log(len(items) / c) for c in Counter(items).values())
+def network_calls(config, nfe):
+    """Calls that a model makes if --nfe is nfe, or None: 1 of students, L of ar, 64 of others."""
+    if config.model == 'ar':
+        return config.length
+    if nfe is not None:
+        return nfe
+    return 1 if is_student(config) else TEACHER_CALLS
 
-def health(rows, meta, data=''):
-    """Figures that tell text from noise, for rows (B, L): a dict of floats.
-    dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
-    Else: entropy of a row's tokens (nats), share of unique rows, of words known from `data`."""
-    texts = to_texts(rows, meta)
-    if meta['tokenizer']['name'] == 'dates':
-        used = [date_forms(source).index(t) for source, t in texts if t in date_forms(source)]
-        return {'valid': len(used) / len(texts), 'form_entropy': entropy_of(used) / math.log(8)}
-    figures = {'entropy': sum(entropy_of(ids) for _, ids in split_rows(rows, meta)) / len(rows),
-               'unique': len(set(texts)) / len(texts)}
-    if (Path(data) / 'meta.json').is_file():
-        words = re.findall('[a-z]+', ' '.join(text for _, text in texts).lower())
-        figures['words'] = sum(w in corpus_words(data) for w in words) / max(1, len(words))
-    return figures
 
-def health_line(rows, meta, data, nfe, seconds):
-    figures = ', '.join(f'{k} {v:.3f}' for k, v in health(rows, meta, data).items())
-    return f'{len(rows)} rows: {figures}; nfe {nfe}, {1000 * seconds / len(rows):.2f} ms per row'
+def sampler_options(config, options):
+    """What the options say of this kind of model's sampler: a dict for model.sample."""
+    how = {name: getattr(options, name) for name in SAMPLER_OPTIONS[config.model]}
+    return {name: value for name, value in how.items() if value is not None}
 
-def compare(student, teacher, meta, enc, given, o, data):
-    """The same noise through the teacher at 1 and 64 calls and the student, row under row."""
-    seen = {}
-    for model, nfe in (teacher, 1), (teacher, 64), (student, o.nfe):
-        write(model, given[:1], 1, o.seed)      # the first call of all is slow
-        calls, who = {}, f'{"student" if model is student else "teacher"} {nfe:2d} |'
-        rows, seconds = write(model, given, nfe, o.seed, temperature=o.temperature,
-                              watch=lambda i, rows: calls.setdefault(i, rows[:o.n]))
-        print(who, health_line(rows, meta, data, nfe, seconds), flush=True)
-        seen[who] = [[text for _, text in to_texts(call, meta, enc)] for call in calls.values()]
-    for texts in zip(*(calls[-1] for calls in seen.values())):
-        print('', *map(' '.join, zip(seen, texts)), sep='\n')
-    if o.film:
-        film(o.film, *list(seen.values())[1:])
 
-def film(path, many, few):
-    """An SVG that plays a teacher's calls, lists of texts, over what a student writes at last."""
-    last = len(many) - 1
-    svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 350" font-family="monospace" '
-           'font-size="13" fill="#e6edf3">\n<rect width="500" height="350" rx="8" fill="#161b22"/>')
-    for i, texts in enumerate(many):
-        until = i // last or 0.8 * (i + 1) / last       # share of the time; it rests for a fifth
-        svg += (f'\n<text y="10" opacity="{i // last}"><animate attributeName="opacity" dur="10s" '
-                'repeatCount="indefinite" calcMode="discrete" values="0;1;0" '
-                f'keyTimes="0;{0.8 * i / last:.4f};{until:.4f}"/>')
-        for text in (f'teacher: call {i + 1} of {last + 1}', *texts[:6], '',
-                     f'student, from the same noise: call {len(few)} of {len(few)}', *few[-1][:6]):
-            line = html.escape(''.join(filter(str.isprintable, text))[:60]) or '&#160;'
-            svg += f'<tspan x="12" dy="21">{line}</tspan>'
-        svg += '</text>'
-    write_whole(path, (svg + '\n</svg>\n').encode())
+def tell_what_is_not_said(config, nfe, options):
+    """Lines on a number of calls that was not asked for, and on options that change nothing."""
+    if options.nfe is None and nfe > 1:
+        reason = 'one for each token' if config.model == 'ar' else '--nfe sets another number'
+        tell(f'not a student but {role(config)}: {nfe} network calls; {reason}')
+    if nfe == 1 and config.model in ('flm', 'diffuseq'):
+        for name in sampler_options(config, options):
+            tell(f'--{name} changes nothing in a single call; it takes --nfe 2 or more')
 
-def animate(nfe, meta, enc):
-    """A `watch` for sampling: the first rows as they clear up, redrawn in place in a terminal."""
-    def watch(i, rows):
-        lines = [f'call {i + 1} of {nfe}', *(text for _, text in to_texts(rows[:8], meta, enc))]
-        up = f'\033[{len(lines)}A' if i else ''            # back to the first line; then clear each
-        print(up + '\n'.join(f'\033[K{line[:100]}' for line in lines), flush=True)
+
+def print_info(path, model, ckpt):
+    """Describe a checkpoint on stdout."""
+    meta = ckpt['meta']
+    tokenizer = meta['tokenizer']
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f'file: {path}')
+    for name in ('iter', 'config', 'options', 'teacher'):
+        print(f'{name}: {ckpt.get(name)}')
+    pairs = ' of pairs' if meta['pairs'] else ''
+    print(f'data: {meta["name"]}, {meta["kind"]} of {meta["length"]} tokens{pairs}')
+    print(f'tokenizer: {tokenizer["name"]}, {meta["vocab"]:,} tokens')
+    print(f'parameters: {parameters:,}')
+
+
+def export(path, model, ckpt):
+    """Write a checkpoint of the averaged weights only, in half precision."""
+    model.net.half()
+    kept = {name: ckpt[name] for name in ('iter', 'meta', 'options', 'teacher') if name in ckpt}
+    # as weights and as their average the same tensors, which torch.save stores once
+    save(path, model, model, **kept)
+    tell(f'{path}: {os.path.getsize(path):,} bytes')
+
+
+# -----------------------------------------------------------------------------
+# What is known of a row
+
+
+def read_sources(options, meta):
+    """The sources to write for; of models without any, one that is empty."""
+    if not meta['pairs']:
+        return ['']
+    if options.source is not None:
+        return [options.source.strip()]
+    if sys.stdin is None or sys.stdin.isatty():
+        fail('this model writes from a source: give --source TEXT, or one per line on stdin')
+    try:
+        lines = [line.strip() for line in sys.stdin]
+    except UnicodeDecodeError:
+        fail('stdin is not text in UTF-8')
+    sources = [line for line in lines if line]
+    if not sources:
+        fail('stdin holds no source; give --source TEXT, or one per line on stdin')
+    for source in sources:
+        check_unicode('stdin', source)
+    return sources
+
+
+def known_ids(encoding, options, source, sep):
+    """The ids that a row begins with, -1 for each hole of --infill."""
+    if source:
+        return encode(encoding, source) + [sep]
+    if options.infill is None:
+        # a space at the end would be a token of its own, as no text has it
+        return encode(encoding, (options.prompt or '').rstrip(' '))
+    ids = []
+    for part in re.split(f'({HOLE})', options.infill.rstrip(' ')):
+        if re.fullmatch(HOLE, part):
+            ids.append(-1)
+        else:
+            ids.extend(encode(encoding, part.replace(r'\_', '_')))
+    return ids
+
+
+def known_row(meta, encoding, options, source=''):
+    """What is known of a row: given (1, L), ids, and -1 at positions to be written."""
+    length = meta['length']
+    special = meta['special']
+    ids = known_ids(encoding, options, source, special['<sep>'])
+    if len(ids) >= length:
+        fail(f'{source or options.prompt or options.infill!r:.60}: {len(ids)} tokens, but a row of '
+             f'this model holds {length}, and one at least is to be written; shorten the text')
+    rest = [-1] * (length - len(ids))
+    if options.infill is not None and meta['kind'] == 'rows':
+        # nothing comes behind the last word given
+        rest = [special['<eos>']] + [special['<pad>']] * (len(rest) - 1)
+    return torch.tensor([ids + rest])
+
+
+def known_rows(writer, options, sources, n):
+    """What is known of n rows for each source: given (B, L)."""
+    rows = [known_row(writer.meta, writer.encoding, options, source) for source in sources]
+    return torch.cat(rows).repeat_interleave(n, dim=0)
+
+
+# -----------------------------------------------------------------------------
+# Writing, choosing, printing
+
+def timed_rows(writer, given, nfe, seed, **how):
+    """Rows for given (B, L) on the CPU, and the seconds they took; see model.write_rows."""
+    # the first call of all is slow, and says nothing of the others
+    write_rows(writer.model, given[:1], 1, seed)
+    return write_rows(writer.model, given, nfe, seed, **how)
+
+
+def most_alike(texts):
+    """
+    Minimum Bayes risk: the index of the text, each a list of ids, that is most like the others.
+    """
+    # ours: likeness is the overlap of tokens and of pairs of neighbours, |a and b| / |a or b|;
+    # DiffuSeq takes BLEU, which needs words and a library
+    bags = [Counter(ids) + Counter(pairwise(ids)) for ids in texts]
+    totals = []
+    for a in bags:
+        total = 0.0
+        for b in bags:
+            total += (a & b).total() / max(1, (a | b).total())
+        totals.append(total)
+    return totals.index(max(totals))
+
+
+def choose_rows(rows, meta, n):
+    """Of each n rows (B, L), which share a source, the one most like the others: (B/n, L)."""
+    chosen = []
+    for group in rows.split(n):
+        texts = [ids for _, ids in split_rows(group, meta)]
+        chosen.append(group[most_alike(texts)])
+    return torch.stack(chosen)
+
+
+def newline_mark():
+    """How a line break is shown: by a sign if stdout's encoding has it, else as \\n."""
+    try:
+        '⏎'.encode(getattr(sys.stdout, 'encoding', None) or 'ascii')
+        return '⏎'
+    except (UnicodeEncodeError, LookupError):
+        return '\\n'
+
+
+def on_one_line(text):
+    """A text as one line of a terminal: line breaks marked, what cannot be printed replaced."""
+    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    mark = newline_mark()
+    letters = []
+    for letter in text:
+        if letter == '\n':
+            letters.append(mark)
+        elif letter.isspace():
+            letters.append(' ')
+        # two signs without a width of their own, which Persian and emoji are written with
+        elif letter.isprintable() or letter in '\u200c\u200d':
+            letters.append(letter)
+        else:
+            letters.append('\ufffd')
+    return ''.join(letters)
+
+
+def print_texts(rows, writer):
+    """Rows (B, L) on stdout, each on a line; of pairs, the source before the text."""
+    for source, text in to_texts(rows, writer.meta, writer.encoding):
+        if source:
+            text = f'{source} -> {text}'
+        print(on_one_line(text))
+    # before the figures on stderr
+    sys.stdout.flush()
+
+
+def health_line(writer, rows, nfe, seconds, seed):
+    """Figures that tell text from noise, and how the rows were made; seconds None: not timed."""
+    parts = []
+    for name, value in health(rows, writer.meta, writer.data).items():
+        parts.append(f'{name} {value:.3f}')
+    made = [f'nfe {nfe}']
+    if seconds is not None:
+        made.append(f'{1000 * seconds / len(rows):.2f} ms per row')
+    device = next(writer.model.parameters()).device
+    made += [f'seed {seed}', f'{device}']
+    return f'{len(rows)} rows: {", ".join(parts)}; {", ".join(made)}'
+
+
+# -----------------------------------------------------------------------------
+# What each network call would write: in a terminal, or as a film
+
+def frame_texts(tokens, given, writer):
+    """The first rows as they are after a call, tokens and given (B, L): a list of texts."""
+    known = given[:FRAME_ROWS]
+    tokens = tokens[:FRAME_ROWS].cpu()
+    rows = torch.where(known < 0, tokens, known)
+    # <bos> stands where an autoregressive model has not written yet
+    texts = [text.replace('<bos>', '') for _, text in to_texts(rows, writer.meta, writer.encoding)]
+    return [on_one_line(text) for text in texts]
+
+
+def frames_kept(given, writer):
+    """An on_call for model.sample, and the list of frames that it will fill."""
+    frames = []
+
+    def on_call(i, tokens):
+        # rows are written at most 256 at a time: further ones begin with call 0 again
+        if i == len(frames):
+            frames.append(frame_texts(tokens, given, writer))
+
+    return on_call, frames
+
+
+def fit(text, columns):
+    """The beginning of a text that fits so many columns of a terminal."""
+    used = 0
+    for i, letter in enumerate(text):
+        # Chinese, Japanese and Korean letters take two
+        used += 2 if unicodedata.east_asian_width(letter) in 'WF' else 1
+        if used > columns:
+            return text[:i]
+    return text
+
+
+def frames_drawn(given, writer, nfe):
+    """An on_call for model.sample that draws in the terminal, each frame over the one before."""
+    heights = []
+
+    def on_call(i, tokens):
+        # only the first rows, see frames_kept
+        if i != len(heights):
+            return
+        columns, lines = shutil.get_terminal_size()
+        texts = [f'call {i + 1} of {nfe}', *frame_texts(tokens, given, writer)]
+        # a frame higher than the terminal would scroll, a line as wide as it would wrap
+        texts = [fit(text, columns - 1) for text in texts[:max(1, lines - 1)]]
+        print(erased(heights) + '\n'.join(texts), flush=True)
+        heights.append(len(texts))
         time.sleep(0.05)
-    return watch
+        # the texts themselves are printed next, in the same place
+        if i == nfe - 1:
+            print(erased(heights), end='', flush=True)
 
-SAMPLERS = {'flm': ['euler', 'ab2', 'bridge'], 'diffuseq': ['ancestral', 'ddim']}
-def check(o, meta, config):
-    for name, low, high in (('nfe', 1, 10 ** 5), ('n', 1, 10 ** 6), ('mbr', 0, 10 ** 4),
-                            ('temperature', 0.01, 100), ('gamma', 0, 1)):
-        if not low <= getattr(o, name) <= high:
-            fail(f'--{name.replace("_", "-")} {getattr(o, name)}: must be from {low} to {high}')
-    if o.sampler and o.sampler not in SAMPLERS.get(config.model, [])[:1 if config.two_time else 3]:
-        fail(f'--sampler {o.sampler}: flows euler; teachers ab2, bridge; diffuseq ancestral, ddim')
-    if (o.temperature != 1 and config.model == 'diffuseq' or o.gamma and config.model != 'flm'
-            or (o.sampler or o.gamma or o.mbr or o.watch if o.compare else o.film)):
-        fail('--gamma is for flows, --temperature for all but diffusions, --film for --compare, '
-             'which takes beside it only --nfe and --temperature')
-    asked = [name for name in ('source', 'prompt', 'infill') if getattr(o, name)]
-    if len(asked) > 1 or asked and meta['pairs'] != (asked == ['source']):
-        fail('models of pairs take --source, the others either --prompt or --infill')
+    return on_call
 
-def main(o):
-    if o.checkpoint == Options.checkpoint and not Path(o.checkpoint).exists():
-        o.checkpoint = Path(__file__).parent / 'assets/pydocs-student.pt'       # trained before
-    model, ckpt = load(o.checkpoint, pick_device(o.device))
-    meta, data = ckpt['meta'], ckpt.get('teacher', ckpt['options'])['data']
-    if o.info:
-        del ckpt['meta']['tokenizer']['tokens']
-        for name in 'iter', 'config', 'options', 'teacher', 'meta':
-            print(f'{name}: {ckpt.get(name)}')
-        return print(f'parameters: {sum(p.numel() for p in model.parameters()):,}')
-    if o.export:
-        model.net.half()        # as weights and as their average the same tensors, stored once
-        more = {k: ckpt[k] for k in ('iter', 'meta', 'options', 'teacher') if k in ckpt}
-        return save(o.export, model, model, **more)
-    check(o, meta, model.config)
-    enc, sources = encoding(meta['tokenizer']), [o.source]
-    if meta['pairs'] and not o.source:
-        if not sys.stdin or sys.stdin.isatty():
-            fail('this model needs a source: --source "...", or lines on stdin')
-        sources = list(filter(None, map(str.strip, sys.stdin))) or fail('no line on stdin')
-    n = max(o.n, 256) if o.compare else o.mbr or o.n        # a health line needs many rows
-    given = torch.cat([known_row(meta, enc, o, source).expand(n, -1) for source in sources])
-    if o.compare:
-        teacher, other = load(o.compare, pick_device(o.device))
-        if is_student(teacher.config) or other['meta']['tokenizer'] != meta['tokenizer']:
-            fail(f'--compare {o.compare}: needs a teacher with the tokenizer of {o.checkpoint}')
-        return compare(model, teacher, meta, enc, given, o, data)
-    how = dict(watch=animate(o.nfe, meta, enc)) if o.watch and sys.stdout.isatty() else {}
-    how |= {k: x for k in ('sampler', 'gamma', 'temperature') if (x := getattr(o, k))}
-    rows, seconds = write(model, given, o.nfe, o.seed, **how)
-    texts = to_texts(rows, meta, enc)
-    if o.mbr:
-        texts = [most_alike(texts[i:i + n]) for i in range(0, len(texts), n)]
-    for source, text in texts:
-        print(f'{source} -> {text}' if source else text)
-    nfe = meta['length'] if model.config.model == 'ar' else o.nfe
-    print(health_line(rows, meta, data, nfe, seconds), file=sys.stderr)
+
+def erased(heights):
+    """The control characters that erase the last frame drawn, if there is one."""
+    return f'\033[{heights[-1]}A\033[J' if heights else ''
+
+
+def film(many, few, names):
+    """
+    An SVG that plays the frames of a teacher's many calls, lists of texts, over what a student has
+    written after its few; names: of the two. Returns the text of the file.
+    """
+    result = few[-1][:FILM_ROWS]
+    height = FILM_LINE * (2 * len(result) + 5)
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 {height}" '
+             'font-family="monospace" font-size="13" fill="#e6edf3">',
+             f'<rect width="500" height="{height}" rx="8" fill="#161b22"/>']
+    last = len(many) - 1
+    for i, texts in enumerate(many):
+        # from when to when a frame is seen, as shares of ten seconds; the last one stays for two
+        begin = 0.8 * i / last
+        end = 1 if i == last else 0.8 * (i + 1) / last
+        # the last one is also what is seen where nothing moves
+        opacity = int(i == last)
+        title = f'{names[0]}: call {i + 1} of {len(many)}'
+        lines.append(
+            f'<text y="10" opacity="{opacity}"><animate attributeName="opacity" dur="10s" '
+            'repeatCount="indefinite" calcMode="discrete" values="0;1;0" '
+            f'keyTimes="0;{begin:.4f};{end:.4f}"/>{film_lines([title, *texts[:FILM_ROWS]])}</text>')
+    # what does not move stands below, after an empty line
+    title = f'{names[1]}, from the same noise: call {len(few)} of {len(few)}'
+    top = 10 + FILM_LINE * (len(result) + 2)
+    lines.append(f'<text y="{top}">{film_lines([title, *result])}</text>')
+    lines.append('</svg>')
+    return '\n'.join(lines) + '\n'
+
+
+def film_lines(texts):
+    """Texts one under the other, as tspans of an SVG."""
+    spans = []
+    for text in texts:
+        # an empty tspan would not move down
+        line = html.escape(text[:FILM_COLUMNS]) or '&#160;'
+        spans.append(f'<tspan x="12" dy="{FILM_LINE}">{line}</tspan>')
+    return ''.join(spans)
+
+
+# -----------------------------------------------------------------------------
+# The same noise through teacher and student
+
+def compare(ours, teacher, options):
+    """The teacher's rows in 1 and 64 calls and ours, from the same noise, under each other."""
+    sources = read_sources(options, ours.meta)
+    shown = options.n or 8
+    # enough rows for a health line, whatever the number of sources
+    n = max(shown, -(-COMPARED_ROWS // len(sources)))
+    given = known_rows(ours, options, sources, n)
+    # which model writes, in how many calls; autoregressive ones have no choice
+    runs = [(teacher, 1), (teacher, TEACHER_CALLS)]
+    if teacher.model.config.model == 'ar':
+        runs = [(teacher, teacher.model.config.length)]
+    runs.append((ours, network_calls(ours.model.config, options.nfe)))
+
+    names = []
+    texts = []
+    frames = []
+    for writer, nfe in runs:
+        name = f'{role(writer.model.config)} {nfe:2d} |'
+        how = sampler_options(writer.model.config, options)
+        if options.film is not None:
+            # looking at each call takes a little time, so only where a film asks for it
+            how['on_call'], kept = frames_kept(given, writer)
+            frames.append(kept)
+        rows, seconds = timed_rows(writer, given, nfe, options.seed, **how)
+        # known words are looked up in our data for all
+        print(name, health_line(ours, rows, nfe, seconds, options.seed), flush=True)
+        names.append(name)
+        texts.append(to_texts(rows, ours.meta, ours.encoding))
+    print_groups(names, texts, len(given), n, shown)
+
+    if options.film is not None:
+        roles = [role(teacher.model.config), role(ours.model.config)]
+        write_whole(options.film, film(frames[-2], frames[-1], roles).encode())
+        tell(f'film: {options.film}')
+
+
+def print_groups(names, texts, total, n, shown):
+    """Row by row what each model wrote; of the n rows of each source the first so many."""
+    for at in range(total):
+        if at % n >= shown:
+            continue
+        print()
+        source = texts[0][at][0]
+        if source:
+            print(on_one_line(source))
+        for name, written in zip(names, texts, strict=True):
+            print(name, on_one_line(written[at][1]))
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+def write(ours, options):
+    """Write rows and print them, and what they are worth."""
+    config = ours.model.config
+    nfe = network_calls(config, options.nfe)
+    tell_what_is_not_said(config, nfe, options)
+    sources = read_sources(options, ours.meta)
+    n = options.mbr or options.n or 8
+    given = known_rows(ours, options, sources, n)
+    how = sampler_options(config, options)
+    watched = options.watch and sys.stdout.isatty()
+    if watched:
+        how['on_call'] = frames_drawn(given, ours, nfe)
+    rows, seconds = timed_rows(ours, given, nfe, options.seed, **how)
+    if options.mbr is not None:
+        rows = choose_rows(rows, ours.meta, n)
+    print_texts(rows, ours)
+    # frames rest for the eye: the time is not the model's
+    tell(health_line(ours, rows, nfe, None if watched else seconds, options.seed))
+
+
+def main(options):
+    """Do what the options ask for."""
+    check_ranges(options)
+    check_texts(options)
+    check_together(options)
+    check_files(options)
+    device = pick_device(options.device)
+    path = options.checkpoint
+    if path is None:
+        path = default_checkpoint()
+    model, ckpt = load(path, device)
+    if options.info:
+        print_info(path, model, ckpt)
+        return
+    if options.export is not None:
+        export(options.export, model, ckpt)
+        return
+
+    ours = make_writer(path, model, ckpt)
+    kinds = [model.config.model]
+    if options.compare is None:
+        check_model(options, kinds, ours.meta['pairs'], path)
+        write(ours, options)
+        return
+    teacher = make_writer(options.compare, *load(options.compare, device))
+    check_teacher(ours, teacher)
+    kinds.append(teacher.model.config.model)
+    check_model(options, kinds, ours.meta['pairs'], path)
+    compare(ours, teacher, options)
+
 
 if __name__ == '__main__':
-    hasattr(signal, 'SIGPIPE') and signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # of `| head`
-    main(OPTIONS)
+    # a reader that stops, such as `| head`, ends this script without a word
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    run_script(lambda: main(parse()))

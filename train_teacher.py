@@ -1,300 +1,643 @@
-"""Train a teacher, which writes in tens of network calls, for distill.py to turn into one.
-
-    python train_teacher.py                                  # pydocs, minutes on 2 CPU cores
-    python train_teacher.py --data data/dates --model diffuseq --code 8     # or mdlm, or ar
-    torchrun --standalone --nproc_per_node=8 train_teacher.py --layers 12 --width 768   # on GPUs
-
-Writes <out>/model.pt (weights, their average, optimiser, config, tokenizer) and <out>/log.jsonl.
 """
+Train a teacher, which writes in tens of network calls, for distill.py to turn into one call.
+
+    python train_teacher.py                          # the newest data set; minutes on a laptop's CPU
+    python train_teacher.py --data data/dates --model diffuseq       # or the baselines mdlm, ar
+    torchrun --standalone --nproc_per_node=8 train_teacher.py        # the paper's size, on 8 GPUs
+
+Writes <out>/model.pt (weights, their average, optimisers, config, tokenizer) and <out>/log.jsonl.
+Without --preset the settings are the paper's on a GPU, and laptop-sized on a CPU.
+"""
+
+import argparse
 import atexit
 import copy
 import json
+import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import fields
 from datetime import timedelta
-from itertools import takewhile
 from pathlib import Path
 
-from prepare_data import fail, parse
+import numpy as np
+import torch
+import torch.distributed as dist
 
-@dataclass
-class Options:
-    data: str = 'data/pydocs'   # folder made by prepare_data.py
-    out: str = ''               # folder to write to; default out/<data>[-<model>]/teacher
-    model: str = 'flm'          # flm (one-hot flow) | diffuseq (embedding diffusion) | mdlm | ar
-    iters: int = 1200           # optimiser iterations
-    batch: int = 64             # rows per iteration, of all processes together
-    parts: int = 0              # parts each batch is computed in; 0: one for each process
-    optimiser: str = 'muon'     # muon (AdamW for all but the blocks' matrices) | adamw
-    lr: float = 3e-3            # peak learning rate of AdamW
-    muon_lr: float = 0.02       # peak learning rate of Muon
-    warmup: int = 50            # iterations of linear warm-up
-    decay: float = 0.6          # last share of the run, over which the rates fall linearly to 0
-    ema: float = 0.999          # decay of the averaged weights, which samples are drawn with
-    layers: int = 4             # transformer blocks
-    heads: int = 8              # attention heads
-    width: int = 128            # D, channels of the residual stream
-    code: int = 8               # C, channels of the embedding table; 0: the width
-    dropout: float = 0.0        # on attention-out and MLP-out
-    gate: float = 0.3           # initial residual gates; 0 is adaLN-zero
-    axis: str = 'measured'      # flm: tau(t): measured | reader | paper | uniform | a number
-    squared: bool = False       # flm: to compare: squared error, not cross-entropy
-    anchor: float = 0.1         # diffuseq: weight of the cross-entropy of the rounded prediction
-    given: float = 0.1          # share of rows without source that get random given tokens
-    eval_every: int = 500       # iterations between validations; each one saves
-    resume: bool = False        # go on from <out>/model.pt
-    seed: int = 0               # of weights, batches and noise
-    device: str = ''            # cpu, cuda or mps; default the best there is
-    compile: bool = True        # torch.compile, on CUDA only
+from model import (Config, autocast, build, checkpoint_path, fail, generator, load, pick_device,
+                   save)
+from prepare_data import Parser, count, load_dataset, newest_dataset, positive, rate, run_script
+from prepare_data import share as share_type
 
-OPTIONS = parse(Options) if __name__ == '__main__' else None     # before torch loads
+# -----------------------------------------------------------------------------
+# Options
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+# ours, for minutes on a CPU: Muon, few channels of the embedding, open gates, the measured axis,
+# given tokens in a tenth of the rows, an anchor for the diffusion. Gains: assets/ablations.md
+LAPTOP = dict(
+    layers=4, heads=8, width=128, channels=8, dropout=0.0, gate=0.3, axis='measured', given=0.1,
+    anchor=0.1, all_positions=False, iters=1200, batch=64, optimiser='muon', lr=3e-3, beta2=0.99,
+    warmup=50, decay=0.6, ema=0.999, eval_every=500)
+# a baseline's embedding is not noised, so it may be wider
+LAPTOP_BASELINE = {**LAPTOP, 'channels': 32}
 
-from model import Config, build, checksum, load, save  # noqa: E402
+# FLM, arXiv:2602.16813; MDLM and AR of the same size
+PAPER = dict(
+    layers=12, heads=12, width=768, channels=768, dropout=0.1, gate=0.0, axis='paper', given=0.0,
+    anchor=0.0, all_positions=False, iters=1_000_000, batch=512, optimiser='adamw', lr=3e-4,
+    beta2=0.999, warmup=2500, decay=0.0, ema=0.9999, eval_every=5000)
+# DiffuSeq, arXiv:2210.08933, on its question pairs
+PAPER_DIFFUSEQ = {
+    **PAPER, 'channels': 128, 'all_positions': True, 'iters': 50_000, 'batch': 2048, 'lr': 1e-4,
+    'warmup': 0, 'decay': 1.0}
 
-# ---- What distill.py needs as well ----
-def load_data(folder):
-    """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
-    folder = Path(folder)
-    if not os.path.isfile(folder / 'meta.json'):
-        fail(f'{folder} holds no prepared data; run: python prepare_data.py {folder.name}')
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        meta = json.loads((folder / 'meta.json').read_bytes())
-        ids = [np.memmap(folder / f'{x}.bin', dtype='<u2', mode='r') for x in ('train', 'val')]
-        if meta['format'] == 1 and meta['crc'] == checksum(meta, *ids):
-            return meta, *ids
-    fail(f'{folder}: damaged, or of another version; run: python prepare_data.py {folder.name}')
+PRESETS = {
+    ('laptop', 'flm'): LAPTOP,
+    ('laptop', 'diffuseq'): LAPTOP,
+    ('laptop', 'mdlm'): LAPTOP_BASELINE,
+    ('laptop', 'ar'): LAPTOP_BASELINE,
+    ('paper', 'flm'): PAPER,
+    ('paper', 'diffuseq'): PAPER_DIFFUSEQ,
+    ('paper', 'mdlm'): PAPER,
+    ('paper', 'ar'): PAPER,
+}
+
+
+def parse(argv=None):
+    """The options of a command line; those without a value get it from the preset, see main."""
+    parser = Parser(description=__doc__)
+    add = preset_adder(parser, LAPTOP, PAPER)
+    # what and where
+    add('--data', default='', help='folder made by prepare_data.py; default: the newest')
+    add('--out', default='', help='folder to write to; default: out/<data>[-<model>]/teacher')
+    add('--model', default='flm', choices=['flm', 'diffuseq', 'mdlm', 'ar'],
+        help='one-hot flow, embedding diffusion, or a baseline')
+    add('--preset', choices=['laptop', 'paper'],
+        help='whose settings; default: paper on a GPU, laptop on a CPU')
+    # the network
+    add('--layers', type=positive, help='transformer blocks')
+    add('--heads', type=positive, help='attention heads')
+    add('--width', type=positive, help='D, channels of the residual stream')
+    add('--channels', type=positive, help='C, channels of the embedding table')
+    add('--dropout', type=share_type, help='on attention-out and MLP-out')
+    add('--gate', type=rate, help='initial residual gates; 0 is adaLN-zero')
+    # the loss
+    add('--axis', choices=['paper', 'measured', 'uniform'], help='flm: how tau runs along t')
+    add('--given', type=share_type,
+        help='share of rows without a source that get random given tokens, for prompts and infills')
+    add('--anchor', type=rate,
+        help='diffuseq: weight of the cross-entropy of the rounded prediction')
+    add('--all-positions', action=argparse.BooleanOptionalAction,
+        help='diffuseq: noise and error at the source, too')
+    # the optimiser
+    add('--iters', type=count, help='iterations of the optimiser')
+    add('--batch', type=positive, help='rows per iteration, of all processes together')
+    add('--optimiser', choices=['muon', 'adamw'],
+        help='muon is for the matrices in the blocks, AdamW for all else')
+    add('--lr', type=rate, help='peak learning rate of AdamW')
+    add('--muon-lr', type=rate, default=0.02, help='peak learning rate of Muon')
+    add('--beta2', type=share_type, help='of AdamW')
+    add('--clip', type=rate, default=1.0, help='largest norm of the gradient; 0: any')
+    add('--warmup', type=count, help='iterations of linear warm-up')
+    add('--decay', type=share_type, help='last share of the run, over which rates fall to 0')
+    add('--ema', type=share_type, help='decay of the averaged weights, which samples use')
+    # the run
+    add_run_options(add)
+    return parser.parse_args(argv)
+
+
+def preset_adder(parser, laptop, paper):
+    """parser.add_argument, whose help tells what the presets say of an option."""
+    def add(name, **how):
+        key = name.removeprefix('--').replace('-', '_')
+        if key in laptop:
+            how['help'] += f' [laptop {laptop[key]}, paper {paper[key]}]'
+        parser.add_argument(name, **how)
+    return add
+
+
+def add_run_options(add):
+    """The options that train_teacher.py and distill.py share."""
+    add('--eval-every', type=positive, help='iterations between measurements; each one saves')
+    add('--parts', type=count, default=0,
+        help='parts a batch is computed in; 0: one for each process')
+    add('--resume', action='store_true', help='go on from <out>/model.pt')
+    add('--overwrite', action='store_true', help='replace the model in <out>')
+    add('--seed', type=count, default=0, help='of weights, batches and noise')
+    add('--device', default='', help='cpu, cuda or mps; default: the best there is')
+    add('--no-compile', dest='compile', action='store_false', help='no torch.compile on CUDA')
+
+
+def apply_preset(options, device, presets, kind):
+    """Fill in what the command line left open: the paper's on a GPU, the laptop's on a CPU."""
+    if options.preset is None:
+        options.preset = 'paper' if device.type == 'cuda' else 'laptop'
+    for name, value in presets[options.preset, kind].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def check_options(o):
+    """Refuse a network that cannot be built."""
+    if o.width % (2 * o.heads):
+        fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
+    if o.dropout == 1:
+        fail('--dropout 1: nothing would be left; give less')
+    if o.layers * o.width ** 2 > 1e11:
+        fail(f'--layers {o.layers}, --width {o.width}: too large for any machine')
+
+
+# -----------------------------------------------------------------------------
+# Batches
 
 def get_batch(ids, meta, n, share, cpu, device):
-    """n random rows: tokens and given (n, L) int64, tau (n,) stratified over the batch.
-    Of pairs the source is given, of a `share` of other rows a random prefix or random tokens: that
-    makes prompts and infilling work in a single call."""
+    """
+    n random rows: tokens and given (n, L) int64, tau (n,) spread evenly over [0, 1).
+    Of pairs the source is given. Of a `share` of other rows a random prefix or random tokens are
+    (ours: prompts and infilling then work in a single call).
+    """
     L = meta['length']
-    stride = L if meta['kind'] == 'rows' else 1         # any window of a stream is a row
-    at = torch.randint((len(ids) - L) // stride + 1, (n,), generator=cpu) * stride
-    tokens = torch.from_numpy(np.stack([ids[i:i + L] for i in at.tolist()]).astype(np.int64))
+    stride = L if meta['kind'] == 'rows' else 1  # any window of a stream is a row
+    starts = torch.randint((len(ids) - L) // stride + 1, (n,), generator=cpu) * stride
+    rows = np.stack([ids[start:start + L] for start in starts.tolist()])
+    tokens = torch.from_numpy(rows.astype(np.int64))
     if meta['pairs']:
         given = up_to(tokens, meta, '<sep>')
     else:
-        r = torch.rand(3, n, 1, generator=cpu)
-        prefix = torch.arange(L) < r[1] * L * 0.75
-        spread = torch.rand(n, L, generator=cpu) < r[1]
-        known = (r[0] < share) & torch.where(r[2] < 0.5, prefix, spread)
-        given = torch.where(known, tokens, -1)                                  # (n, L)
+        given = random_given(tokens, share, cpu)
+    # stratified: one time in each of n equal stretches, from a common random start
     tau = (torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1
-    return tuple((x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
-                 for x in (tokens, given, tau))
+    return [to_device(x, device) for x in (tokens, given, tau)]
 
-def up_to(tokens, meta, end):
-    """The tokens up to and including the first special token `end`, then -1: (B, L) -> (B, L)."""
-    ends = tokens == meta['special'][end]
-    return torch.where(ends.cumsum(1) - ends.long() == 0, tokens, -1)
 
-def pick_device(name):
-    """The torch.device named, else the machine's accelerator, else its CPU."""
-    try:
-        best = torch.accelerator.current_accelerator(check_available=True)
-        return torch.empty(1, device=name or best or 'cpu').device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        fail(f'--device {name} is not available; leave it out to use what there is')
+def random_given(tokens, share, cpu):
+    """Given tokens for a `share` of rows, half of them prefixes, half scattered: (n, L)."""
+    n, L = tokens.shape
+    chosen, amount, kind = torch.rand(3, n, 1, generator=cpu)
+    prefix = torch.arange(L) < amount * L * 0.75
+    scattered = torch.rand(n, L, generator=cpu) < amount
+    known = (chosen < share) & torch.where(kind < 0.5, prefix, scattered)
+    return torch.where(known, tokens, -1)
 
-def autocast(device):
-    """bf16 where the GPU has it, fp32 elsewhere."""
-    on = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    # uncached: a cached cast of weights would outlive their update, or lack their gradient
-    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
-def generator(device, *key):
-    """A generator seeded by the numbers in `key`: an exact resume needs no saved state."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator(device).manual_seed(int(seed))
+def up_to(tokens, meta, name):
+    """The tokens up to and including the first special token of that name, then -1: (n, L)."""
+    ends = tokens == meta['special'][name]
+    before = ends.cumsum(1) - ends.long() == 0
+    return torch.where(before, tokens, -1)
 
-def join(o):
-    """This process's rank, how many there are, its device, and stopped(it): whether to stop."""
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    # noise belongs to a part of the batch: one process with n parts trains as n processes do
-    o.parts = o.parts or world
-    if not min(o.batch, o.parts, o.warmup, o.eval_every) >= 1 >= max(o.decay, o.ema, o.batch / 1e6):
-        fail('--batch (to 1e6), --parts, --warmup, --eval-every: from 1; --decay, --ema: to 1')
-    if o.parts % world or o.batch % o.parts:
-        fail(f'--batch {o.batch}: a multiple of --parts {o.parts}, and that of {world} processes')
-    if world > 1:
-        dist.init_process_group()       # gloo for tensors on CPUs, nccl on GPUs
-        atexit.register(dist.destroy_process_group)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    if rank:
-        sys.stdout = open(os.devnull, 'w')          # the first process speaks for all
+
+def to_device(x, device):
+    """x on the device; pinned memory lets a GPU fetch it while it computes."""
+    if device.type == 'cuda':
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+def start_processes(o):
+    """Join the others that torchrun started, if any: (rank, how many, this one's device)."""
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if torch.cuda.is_available() and world > 1:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     device = pick_device(o.device)
-    heard = torch.zeros(1, device=device)       # of Ctrl-C or SIGTERM; the second one kills
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda n, _: (heard.add_(1), signal.signal(n, signal.SIG_DFL)))
-    def stopped(it):       # by any process: all ask each other at every tenth iteration
-        return it % 10 == 0 and (add_up([heard]) or heard.item() > 0)
-    return rank, world, device, stopped
+    if world > 1:
+        # gloo for what is on CPUs, nccl for what is on GPUs
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    if rank > 0:
+        # the first process speaks for all
+        sys.stdout = open(os.devnull, 'w')
+    return rank, world, device
+
+
+def set_parts(o, world):
+    """How many parts a batch is computed in; one process with n parts trains as n processes do."""
+    o.parts = o.parts or world
+    if o.parts % world:
+        fail(f'--parts {o.parts}: must be a multiple of the number of processes ({world})')
+    if o.batch % o.parts:
+        fail(f'--batch {o.batch}: must be a multiple of --parts ({o.parts})')
+
 
 def add_up(tensors):
-    """Each tensor becomes its sum over all processes; one message."""
+    """Each tensor becomes its sum over all processes."""
     if dist.is_initialized():
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(total.view_as(x))
+        messages = [dist.all_reduce(x, async_op=True) for x in tensors]
+        for message in messages:
+            message.wait()
 
-def optimisers(model, o):
-    """Muon (K. Jordan 2024) for the matrices inside the blocks, AdamW for all else that trains."""
-    if o.optimiser not in ('muon', 'adamw'):
-        fail(f'--optimiser {o.optimiser}: use muon or adamw')
-    muon = o.optimiser == 'muon' and getattr(torch.optim, 'Muon', None)
-    if muon is None:
-        print(f'torch {torch.__version__} has no Muon (2.9 has): AdamW alone, which learns slower')
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inside = [x for x in params if muon and re.search(r'blocks.*(qkv|out|up|down)\.weight', x)]
-    # orthogonal updates of those matrices: a small network needs far fewer iterations
-    made = [torch.optim.AdamW([p for name, p in params.items() if name not in inside], lr=o.lr,
-                              betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    if inside:
-        made.append(muon([params[name] for name in inside], lr=o.muon_lr, weight_decay=0.0))
-    return made
 
-def update(model, ema, opts, it, o):
-    """One optimiser iteration from the gradients at hand, then the average; returns their norm."""
-    # linear warm-up, flat, then a linear fall to 0 over the last `decay` share of the run
-    factor = min(1, (it + 1) / o.warmup, (o.iters - it) / (o.decay * o.iters) if o.decay else 1)
+class Stopper:
+    """Ctrl-C or SIGTERM, to any process, ends a run after the iteration at hand; it is saved."""
+
+    def __init__(self):
+        self.heard = False
+        signal.signal(signal.SIGINT, self.hear)
+        signal.signal(signal.SIGTERM, self.hear)
+
+    def hear(self, number, frame):
+        # written by the system's own call: print may have been interrupted itself
+        if not self.heard:
+            os.write(2, b'\nstopping after this iteration, saving ...\n')
+        else:
+            os.write(2, f'still saving; to lose it: kill -9 {os.getpid()}\n'.encode())
+        self.heard = True
+
+    def asked(self):
+        """Whether any process was told to stop; all of them agree on it."""
+        if not dist.is_initialized():
+            return self.heard
+        # on the CPU, so that no GPU is waited for
+        flag = torch.tensor(float(self.heard))
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+
+# -----------------------------------------------------------------------------
+# Optimisers
+
+def orthogonalise(update):
+    """
+    Newton-Schulz iteration (K. Jordan 2024): matrices (n, rows, cols) -> nearly orthogonal ones.
+    Five iterations of a quintic polynomial push all singular values towards 1.
+    """
+    tall = update.shape[1] > update.shape[2]
+    x = update.mT if tall else update
+    # bf16 where the machine has it; most CPUs would emulate it, 17 times slower than fp32
+    if x.device.type == 'cuda' and torch.cuda.is_bf16_supported():
+        x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    ours: Muon (K. Jordan 2024), momentum made orthogonal: a small network needs far fewer
+    iterations. The update of torch.optim.Muon without weight decay, for all matrices of a shape at
+    once.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group['params']:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in by_shape.items():
+                updates = [self.momentum_update(p, group['momentum']) for p in params]
+                updates = orthogonalise(torch.stack(updates))
+                scale = group['lr'] * max(1, rows / cols) ** 0.5
+                for p, update in zip(params, updates):
+                    p.add_(update, alpha=-scale)
+
+    def momentum_update(self, p, momentum):
+        """Nesterov momentum of p's gradient."""
+        if 'momentum' not in self.state[p]:
+            self.state[p]['momentum'] = torch.zeros_like(p)
+        average = self.state[p]['momentum']
+        average.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
+
+
+def make_optimisers(model, o):
+    """AdamW, and with --optimiser muon Muon for the matrices inside the blocks."""
+    matrices = []
+    rest = []
+    for name, p in model.named_parameters():
+        inside = re.search(r'blocks.*(qkv|out|up|down)\.weight', name)
+        if not p.requires_grad:
+            continue
+        if o.optimiser == 'muon' and inside:
+            matrices.append(p)
+        else:
+            rest.append(p)
+    optimisers = [torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, o.beta2), weight_decay=0.0,
+                                    fused=True)]
+    if matrices:
+        optimisers.append(Muon(matrices, lr=o.muon_lr))
+    return optimisers
+
+
+def learning_rate_factor(it, o):
+    """Linear warm-up, then flat, then a linear fall to 0 over the last `decay` share of a run."""
+    factor = 1.0
+    if o.warmup:
+        factor = min(factor, (it + 1) / o.warmup)
+    if o.decay:
+        factor = min(factor, (o.iters - it) / (o.decay * o.iters))
+    return factor
+
+
+def update(model, ema, optimisers, it, o):
+    """One iteration of the optimisers from the gradients at hand, then of the average -> norm."""
     add_up([p.grad for p in model.parameters() if p.grad is not None])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for opt in opts:
-        opt.param_groups[0]['lr'] = opt.defaults['lr'] * factor     # this run's, also on --resume
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-    # the ramp lets the average forget the random start: 0.1, 0.18, ... , o.ema
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+    for optimiser in optimisers:
+        # of this run's options, also when it goes on from a checkpoint
+        rate_now = optimiser.defaults['lr'] * learning_rate_factor(it, o)
+        for group in optimiser.param_groups:
+            group['lr'] = rate_now
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    # a ramp lets the average forget the random start: 0.1, 0.18, ..., o.ema
+    decay = min(o.ema, (1 + it) / (10 + it))
     with torch.no_grad():
-        decay = min(o.ema, (1 + it) / (10 + it))
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm
 
+
+# -----------------------------------------------------------------------------
+# What a run writes: log and checkpoint
+
 class Log:
-    """One progress line with ETA on the terminal, the same record in <out>/log.jsonl."""
-    def __init__(self, out, o, start=0):
-        self.o, self.start, self.began = o, start, time.time()
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            self.file = open(Path(out) / 'log.jsonl', 'a+b', buffering=0)
-            with suppress(ImportError):         # on Windows nothing keeps a second run out
-                import fcntl
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            fail(f'{out}: cannot be written, or another run writes there ({e.strerror})')
-        self.file.seek(0)
-        def stays(line):        # what a killed run logged behind its last save will come again
-            found = re.fullmatch(rb'{"iter": (\d+), .*}\n', line)
-            return found and int(found[1]) <= start
-        self.file.truncate(sum(map(len, takewhile(stays, self.file if start else ()))))
+    """Progress lines by the clock on the terminal, records by iteration in <out>/log.jsonl."""
 
-    def __call__(self, it, **values):
+    def __init__(self, out, iters, start, tokens):
+        self.iters = iters
+        self.start = start
+        self.tokens = tokens  # per iteration
+        self.began = time.time()
+        self.next_line = 5.0  # seconds; then one every ten
+        self.file = open_log(out, start)
+
+    def record(self, it, **values):
+        """A line in log.jsonl and on the terminal."""
+        seconds = round(time.time() - self.began, 2)
+        self.print_line(it, values)
+        if self.file is None:
+            return
+        line = json.dumps({'iter': it, 'seconds': seconds, **values})
+        # on a full disk the next save says so
+        with suppress(OSError):
+            self.file.write(line.encode() + b'\n')
+
+    def progress(self, it, loss):
+        """A line on the terminal if it is due; loss() is a tensor, asked for only then."""
+        if time.time() - self.began >= self.next_line:
+            self.print_line(it, {'loss': loss().item()})
+
+    def print_line(self, it, values):
         seconds = time.time() - self.began
-        left = seconds / max(1, it - self.start) * (self.o.iters - it)
-        text = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
-                         for k, v in values.items())
-        print(f'{it:6d}/{self.o.iters}  {text}  {timedelta(seconds=int(seconds))}, '
-              f'{timedelta(seconds=int(left))} left', flush=True)
-        with suppress(OSError):         # a full disk: the next save says so
-            self.file.write(json.dumps({'iter': it, 'seconds': round(seconds, 2), **values})
-                            .encode() + b'\n')
+        self.next_line = seconds + 10
+        done = max(1, it - self.start)
+        left = timedelta(seconds=int(seconds / done * (self.iters - it)))
+        speed = done * self.tokens / max(seconds, 1e-9)
+        parts = [f'{name} {x:.4g}' if isinstance(x, float) else f'{name} {x}'
+                 for name, x in values.items()]
+        text = '  '.join(parts)
+        print(f'{it:6d}/{self.iters}  {text}  {speed:,.0f} tokens/s, {left} left', flush=True)
 
-# ---- The script ----
-def main(o):
-    if o.model not in ('flm', 'diffuseq', 'mdlm', 'ar'):
-        fail(f'--model {o.model}: use flm, diffuseq, mdlm or ar')
-    if not re.fullmatch(r'measured|reader|paper|uniform|\d+(\.\d+)?', o.axis) or o.dropout >= 1:
-        fail(f'--axis {o.axis}: measured, reader, paper, uniform or a number; --dropout: below 1')
-    if not 0 < o.layers * o.heads * o.width * (1 + o.code) < 1e13 or o.width % (2 * o.heads):
-        fail(f'--width {o.width}: a multiple of twice --heads; --layers, --code: too many, or none')
-    rank, world, device, stopped = join(o)
-    meta, train, val = load_data(o.data)
-    name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
-    out = Path(o.out or f'out/{name}/teacher')
-    torch.manual_seed(o.seed)
-    shape = {name: x for name, x in asdict(o).items() if name in Config.__annotations__}
-    model = build(Config(meta['vocab'], meta['length'], **shape)).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    opts = optimisers(model, o)
-    kept = restore(out, model, ema, opts) if o.resume else {}
-    start, bins = kept.get('iter', 0), kept.get('bins', torch.zeros(3, 8)) * (rank == 0)
-    # sums in float64 are exact, whatever their order: a resumed run of several has the same ones
-    bins = bins.to(device, torch.float32 if device.type == 'mps' else torch.float64)
-    if o.compile and device.type == 'cuda':
-        model.net.compile()         # in place: the names of the weights stay as they are
-    log = Log(out, o, start) if rank == 0 else lambda it, **values: None
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{size:.2f}M parameters on {world} x {device}, {len(train):,} tokens in {o.data}')
-    for it in range(start, o.iters + 1):
-        hundred, due = (it % n == 0 and it > start for n in (100, o.eval_every))
-        stop = it == o.iters or stopped(it)
-        if hundred or due or stop:
-            add_up([bins])
-            if not bins.isfinite().all():
-                bad = (~bins[0].isfinite()).nonzero().flatten().tolist()
-                fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; lower '
-                     f'the learning rates, and --resume goes on from the last save in {out}')
-        if hundred:
-            log(it, loss=(bins[0].sum() / bins[1].sum()).item(), norm_max=bins[2, 0].item(),
-                norm=norm.item(), bins=[round(x, 3) for x in (bins[0] / bins[1]).tolist()])
-            if o.axis == 'measured' and o.model == 'flm' and 2 * it <= o.iters:
-                with autocast(device):
-                    ema.taus.copy_(model.refit(*(x[:32] for x in batch[:2]), seed=it))
-            bins.zero_()
-        if due or it == o.iters:
-            log(it, val=validate(ema, val, meta, device))
-        if due or stop:
-            # the first process keeps what all have counted so far
-            bins.zero_() if rank else save(out / 'model.pt', model, ema, opts, bins=bins, iter=it,
-                                           meta=meta, options=asdict(o))
-        if stop:
+
+def open_log(out, start):
+    """<out>/log.jsonl, locked against a second run, without records behind iteration `start`."""
+    # the first process writes for all
+    if int(os.environ.get('RANK', 0)) > 0:
+        return None
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out) / 'log.jsonl', 'a+b', buffering=0)
+        lock(file)
+    except OSError as e:
+        fail(f'{out}: cannot be written, or another run writes there ({e.strerror}); wait for it, '
+             'or name another folder by --out')
+    # what a killed run logged behind its last save will come again
+    file.seek(0)
+    kept = 0
+    for line in file.readlines():
+        found = re.fullmatch(rb'{"iter": (\d+), .*}\n', line)
+        if not found or int(found[1]) > start or start == 0:
             break
-        batch = get_batch(train, meta, o.batch, o.given, generator('cpu', o.seed, it, 0), device)
-        for part in range(rank, o.parts, world):
-            tokens, given, tau = (x.chunk(o.parts)[part] for x in batch)
-            rng = generator(device, o.seed, it, 1 + part)
-            torch.manual_seed(rng.initial_seed())       # dropout draws from the global one
-            with autocast(device):
-                losses = model.loss(tokens, given, tau, rng)
-            (losses.sum() / o.batch).backward()
-            seen = torch.stack([losses, losses ** 0]).detach().to(bins)     # and how many rows
-            bins[:2].index_add_(1, (tau * 8).long(), seen)     # by tau: where it is still learning
-        norm = update(model, ema, opts, it, o)
-        bins[2] = bins[2].maximum(norm) * (rank == 0)
-    print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(f'next: python distill.py {out}' if it == o.iters else
-          f'stopped at iteration {it}; the same command with --resume goes on')
+        kept += len(line)
+    file.truncate(kept)
+    return file
+
+
+def lock(file):
+    """Keep a second run out; OSError if there is one. Windows has no fcntl, nor this lock."""
+    with suppress(ImportError):
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class TauBins:
+    """Sums of losses in eight bins of tau, which show where a model is still learning."""
+
+    def __init__(self, device, kept=None):
+        # sums in float64 are exact, so a resumed run of several processes has the same ones
+        dtype = torch.float32 if device.type == 'mps' else torch.float64
+        kept = torch.zeros(3, 8) if kept is None else kept
+        # rows: sum of losses, their number, largest norm of a gradient
+        self.sums = kept.to(device, dtype)
+
+    def add(self, tau, losses):
+        losses = losses.detach().to(self.sums.dtype)
+        both = torch.stack([losses, torch.ones_like(losses)])  # (2, B)
+        self.sums[:2].index_add_(1, (tau * 8).long(), both)
+
+    def add_norm(self, norm):
+        self.sums[2] = self.sums[2].maximum(norm.to(self.sums.dtype))
+
+    def collect(self, rank):
+        """Sums over all processes come to the first one; the others start anew."""
+        add_up([self.sums[:2]])
+        if rank > 0:
+            self.sums[:2].zero_()
+
+    def loss(self):
+        return self.sums[0].sum() / self.sums[1].sum()
+
+    def record(self):
+        """What log.jsonl says of the last iterations."""
+        bins = [round(x, 3) for x in (self.sums[0] / self.sums[1]).tolist()]
+        return {'loss': self.loss().item(), 'norm_max': self.sums[2, 0].item(), 'bins': bins}
+
+    def check(self, it, out):
+        """End the run if any loss or gradient was not finite."""
+        if self.sums.isfinite().all():
+            return
+        bad = (~self.sums[0].isfinite()).nonzero().flatten().tolist()
+        fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; lower the '
+             f'learning rates, and --resume goes on from the last save in {out}')
+
+
+# what may differ when a run goes on: how far, where, how it is computed
+FREE = {'data', 'out', 'teacher', 'preset', 'iters', 'eval_every', 'parts', 'resume',
+        'overwrite', 'device', 'compile'}
+
+
+def first_difference(ckpt, options, meta, teacher_crc=None):
+    """What a checkpoint was made with and a run is not, as a sentence; '' if they agree."""
+    for name, value in vars(options).items():
+        old = ckpt['options'].get(name)
+        if name not in FREE and old != value:
+            flag = '--' + name.replace('_', '-')
+            return f'{flag} was {old}, now {value}'
+    if ckpt['meta']['tokenizer'] != meta['tokenizer']:
+        return 'the data has another tokenizer'
+    if ckpt['meta']['crc'] != meta['crc']:
+        return f'the data is not what it was made from ({ckpt["meta"]["name"]})'
+    if ckpt.get('teacher', {}).get('crc') != teacher_crc:
+        return 'it has another teacher'
+    return ''
+
+
+def check_out(out, options, meta, teacher_crc=None):
+    """
+    Look at what <out> holds before anything is written -> checkpoint to go on from, or None.
+    A finished model is not replaced unless asked to; a run goes on only as what it was.
+    """
+    path = checkpoint_path(out)
+    if not options.resume:
+        if path.exists() and not options.overwrite:
+            _, ckpt = load(path)
+            fail(f'{path} holds a model of {ckpt["iter"]} iterations; --resume goes on with it, '
+                 '--overwrite replaces it, --out writes elsewhere')
+        return None
+    _, ckpt = load(path)
+    difference = first_difference(ckpt, options, meta, teacher_crc)
+    if difference:
+        fail(f'--resume: {path} is of another run: {difference}; give what it had, or start anew '
+             'with --overwrite')
+    if ckpt['iter'] >= options.iters:
+        fail(f'--resume: {path} has {ckpt["iter"]} iterations already; ask for more by --iters')
+    return ckpt
+
+
+def restore(ckpt, modules, optimisers):
+    """Load a checkpoint into all that trains: modules by name, optimisers in order."""
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(ckpt[name])
+        for optimiser, state in zip(optimisers, ckpt['optimisers'], strict=True):
+            optimiser.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError):
+        fail('--resume: the checkpoint is of another shape; start anew with --overwrite')
+
 
 @torch.no_grad()
 def validate(model, ids, meta, device, batches=4):
     """Mean loss on fixed validation rows, times and noise: two runs see the same ones."""
-    with autocast(device):
-        losses = [model.loss(*get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device),
-                             generator(device, 1234, i, 1)) for i in range(batches)]
+    losses = []
+    for i in range(batches):
+        batch = get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device)
+        with autocast(device):
+            losses.append(model.loss(*batch, generator(device, 1234, i, 1)))
     return torch.cat(losses).mean().item()
 
-def restore(out, model, ema, opts, **others):
-    """Load <out>/model.pt into everything that trains; returns that checkpoint."""
-    _, ckpt = load(out)
-    try:
-        for name, part in {'model': model, 'ema': ema, **others}.items():
-            part.load_state_dict(ckpt[name])
-        for opt, values in zip(opts, ckpt['optimisers'], strict=True):
-            opt.load_state_dict(values)
-    except (KeyError, ValueError, RuntimeError):
-        fail(f'--resume: {out}/model.pt was made with other options; start afresh without --resume')
-    return ckpt
+
+# -----------------------------------------------------------------------------
+# The script
+
+def backward(model, batch, it, o, rank, world, bins):
+    """Loss and gradients of this process's parts of a batch, each with noise of its own."""
+    for part in range(rank, o.parts, world):
+        # every so manieth row, so that each part has all times
+        tokens, given, tau = (x[part::o.parts] for x in batch)
+        rng = generator(tokens.device, o.seed, it, 1 + part)
+        # dropout draws from the global generator
+        torch.manual_seed(rng.initial_seed())
+        with autocast(tokens.device):
+            losses = model.loss(tokens, given, tau, rng)
+        (losses.sum() / o.batch).backward()
+        bins.add(tau, losses)
+
+
+def set_up(o, meta, out, device):
+    """Model, average, optimisers, first iteration and kept sums, from a checkpoint or fresh."""
+    ckpt = check_out(out, o, meta)
+    torch.manual_seed(o.seed)
+    names = {field.name for field in fields(Config)}
+    shape = {name: value for name, value in vars(o).items() if name in names}
+    model = build(Config(vocab=meta['vocab'], length=meta['length'], **shape)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimisers = make_optimisers(model, o)
+    if ckpt is None:
+        return model, ema, optimisers, 0, None
+    restore(ckpt, {'model': model, 'ema': ema}, optimisers)
+    return model, ema, optimisers, ckpt['iter'], ckpt['bins']
+
+
+def advice(o, out, it):
+    """What to run next, for a shell."""
+    if it < o.iters:
+        return f'stopped at iteration {it}; the same command with --resume goes on'
+    script = 'distill.py' if o.model in ('flm', 'diffuseq') else 'sample.py'
+    return 'next: ' + shlex.join(['python', script, str(out)])
+
+
+def main(o):
+    rank, world, device = start_processes(o)
+    apply_preset(o, device, PRESETS, o.model)
+    check_options(o)
+    set_parts(o, world)
+    data = Path(o.data) if o.data else newest_dataset()
+    meta, train, val = load_dataset(data)
+    o.data = str(data)
+    name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
+    out = Path(o.out or f'out/{name}/teacher')
+    model, ema, optimisers, start, kept = set_up(o, meta, out, device)
+    bins = TauBins(device, kept if rank == 0 else None)
+    if o.compile and device.type == 'cuda':
+        # in place: the names of the weights stay as they are
+        model.net.compile()
+    log = Log(out, o.iters, start, o.batch * meta['length'])
+    stopper = Stopper()
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f'{o.preset} preset: {o.model} of {size:.2f}M parameters, {o.iters:,} iterations of '
+          f'{o.batch} rows, {world} x {device}; {len(train):,} tokens in {data} -> {out}')
+
+    for it in range(start, o.iters + 1):
+        stop = it == o.iters or stopper.asked()
+        due = it % o.eval_every == 0 and it > start
+        hundred = it % 100 == 0 and it > start
+
+        # log, and let the time axis follow what was learnt
+        if hundred or due or stop:
+            bins.collect(rank)
+            bins.check(it, out)
+        if hundred:
+            log.record(it, **bins.record())
+            if o.model == 'flm' and o.axis == 'measured' and 2 * it <= o.iters:
+                with autocast(device):
+                    ema.taus.copy_(model.refit_axis(tokens[:32], given[:32], seed=it))
+            bins.sums.zero_()
+
+        # save, and only then measure
+        if (due or stop) and rank == 0:
+            save(out / 'model.pt', model, ema, optimisers, iter=it, bins=bins.sums, meta=meta,
+                 options=vars(o))
+        if due or it == o.iters:
+            log.record(it, val=validate(ema, val, meta, device))
+        if stop:
+            break
+
+        # batch, forward and backward, step
+        cpu = generator('cpu', o.seed, it, 0)
+        tokens, given, tau = get_batch(train, meta, o.batch, o.given, cpu, device)
+        backward(model, (tokens, given, tau), it, o, rank, world, bins)
+        bins.add_norm(update(model, ema, optimisers, it, o))
+        log.progress(it + 1, bins.loss)
+
+    print(f'wrote {out}/model.pt and {out}/log.jsonl')
+    print(advice(o, out, it))
+
 
 if __name__ == '__main__':
-    main(OPTIONS)
+    options = parse()
+    run_script(lambda: main(options))

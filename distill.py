@@ -82,13 +82,15 @@ def parse(argv=None):
     # score distillation
     add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
     add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
-    add('--fake-ratio', type=positive, default=1, help="diffusion: the fake's updates per student's")
+    add('--fake-ratio', type=positive, default=1,
+        help="diffusion: updates of the fake denoiser for each of the student")
     add('--adversarial', type=rate, default=0.0, help='diffusion: weight of the critic (stage 2)')
     add('--row-noise', action=argparse.BooleanOptionalAction,
         help='diffusion: one noise for all of a row')
     # refining
     add('--guide', default='', help='a student that stays as it is: a copy of it is refined')
-    add('--noises', type=positive, default=3, help='--guide: of so many noises the hardest is learnt')
+    add('--noises', type=positive, default=3,
+        help='--guide: of so many noises the hardest is learnt')
     # the optimiser
     add('--given', type=share_type,
         help='share of rows without a source that get random given tokens')
@@ -439,8 +441,8 @@ def load_teacher(path, device):
     if is_student(teacher.config):
         fail(f'{path} is a student already; name its teacher')
     if teacher.config.model not in ('flm', 'diffuseq'):
-        fail(f'{path} is a model of {teacher.config.model}; distil one of flm or diffuseq, made by: '
-             'python train_teacher.py')
+        fail(f'{path} is a model of {teacher.config.model}; distil one of flm or diffuseq, made '
+             'by: python train_teacher.py')
     return teacher.requires_grad_(False), ckpt
 
 
@@ -501,7 +503,7 @@ def stage_of(o, teacher):
     return 'refine' if o.guide else 'flow map'
 
 
-def more_parts(o, world, meta, device):
+def more_parts(o, meta, device):
     """As many parts as keep the targets (rows, L, V) of each within 256 MB, on a GPU 2 GB."""
     most = 2 ** 29 if device.type == 'cuda' else 2 ** 26
     while o.batch / o.parts * meta['length'] * meta['vocab'] > most:
@@ -542,8 +544,8 @@ class Best:
             if self.choose:
                 self.model.load_state_dict(self.ema.state_dict())
         elif self.choose and quality < self.quality / 2:
-            fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower --lr '
-                 'or raise --fake-ratio')
+            fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
+                 '--lr or raise --fake-ratio')
 
 
 class Means:
@@ -561,7 +563,8 @@ class Means:
         return total / number
 
     def record(self):
-        return {name: (pair[0] / pair[1]).item() for name, pair in self.sums.items() if pair[1] > 0}
+        seen = {name: pair for name, pair in self.sums.items() if pair[1] > 0}
+        return {name: (total / number).item() for name, (total, number) in seen.items()}
 
     def check(self, it, out):
         if not all(pair.isfinite().all() for pair in self.sums.values()):
@@ -600,7 +603,7 @@ def prepare(o):
     if o.stage == 'score' and o.parts != world:
         fail('--parts: score distillation takes as many as there are processes; leave it out')
     if o.stage != 'score' and automatic:
-        more_parts(o, world, meta, device)
+        more_parts(o, meta, device)
     crc = zlib.crc32(path.read_bytes())
     out = Path(o.out) if o.out else path.parent.parent / ('one-call' if o.guide else 'student')
     ckpt = check_out(out, o, meta, crc)

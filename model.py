@@ -380,7 +380,8 @@ class OneHotFlow(Model):
     def begin(self, given, rng=None, factor=None):
         """Pure noise around the given tokens: h (B, L, C) at tau = 0."""
         B, L = given.shape
-        return torch.where(given[..., None] < 0, self.noise(B, L, rng, factor), self.embedded(given))
+        noise = self.noise(B, L, rng, factor)
+        return torch.where(given[..., None] < 0, noise, self.embedded(given))
 
     def jump(self, h, p, given, tau_s, tau_t):
         """Move h from tau_s to tau_t along p (B, L, V); given positions stay as they are."""
@@ -569,13 +570,13 @@ class MaskedDiffusion(Model):
         super().__init__(config, config.vocab)
 
     def predict(self, seen, **how):
-        """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked; see Denoiser."""
+        """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked, or nats."""
         h = torch.where(seen[..., None] < 0, 0, self.embedded(seen))
         no_time = torch.zeros(1, device=seen.device)  # the masks tell how far it is
         return self.net(h, seen, no_time, **how)
 
     def loss(self, tokens, given, t, rng=None):
-        """Bound on -log p, nats per position not given: the masked ones count 1/(1-t) each: (B,)."""
+        """Bound on -log p, nats per position not given: the masked count 1/(1-t) each: (B,)."""
         hidden = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
         seen = torch.where(hidden & (given < 0), -1, tokens)
         share = share_of(given) * (seen < 0) / (1 - t[:, None]).clamp(min=1e-3)
@@ -658,7 +659,7 @@ def without_specials(logits):
 
 
 def draw(p, rng=None):
-    """One token for each position: p (B, L, V) -> (B, L), by one uniform number and a running sum."""
+    """A token for each position: p (B, L, V) -> (B, L), by a uniform number and a running sum."""
     rising = p.cumsum(-1)
     u = torch.rand(p.shape[:-1], generator=rng, device=p.device)[..., None]
     tokens = torch.searchsorted(rising, u * rising[..., -1:], right=True)[..., 0]
@@ -860,15 +861,15 @@ def load(path, device='cpu'):
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         version = ckpt['format']
     except Exception as e:  # torch.load raises a dozen different types
-        fail(f'{path}: not a whole checkpoint of this project ({type(e).__name__}); make it anew')
+        fail(f'{path}: no whole checkpoint of this project ({type(e).__name__}); make it anew')
     if version != FORMAT:
-        fail(f'{path}: has format {version}, this code reads format {FORMAT}; train it anew, or use '
-             'the code that wrote it')
+        fail(f'{path}: has format {version}, this code reads format {FORMAT}; train it anew, or '
+             'use the code that wrote it')
     try:
         model = build(Config(**ckpt['config']))
         model.load_state_dict(ckpt['ema'])
     except Exception as e:
-        fail(f'{path}: weights and config do not belong together ({type(e).__name__}); make it anew')
+        fail(f'{path}: weights and config do not fit ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt
 
 

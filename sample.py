@@ -114,6 +114,7 @@ def check_ranges(options):
 
 def check_texts(options):
     """Stop at texts that are empty, no Unicode, or do not go together."""
+    # a row begins with one of these, or with nothing
     given = [name for name in ('prompt', 'infill', 'source') if getattr(options, name) is not None]
     if len(given) > 1:
         fail(f'--{given[0]} and --{given[1]} do not go together; give one of them')
@@ -144,6 +145,7 @@ def check_together(options):
         fail('--overwrite is for --export; add --export FILE')
     if options.info and options.export is not None:
         fail('--info and --export do not go together; run one after the other')
+    # --compare prints more than one model's rows, so each needs its own figures
     if options.compare is not None:
         for name in ('mbr', 'watch', 'info', 'export'):
             if getattr(options, name):
@@ -156,6 +158,7 @@ def check_files(options):
         path = getattr(options, name)
         if path is None:
             continue
+        # a slip such as `--film model.pt` would replace a model by a picture
         if Path(path).suffix != suffix:
             fail(f'--{name} {path}: the name must end in {suffix}')
         if os.path.isdir(path):
@@ -168,6 +171,7 @@ def check_files(options):
 
 def check_model(options, kinds, pairs, path):
     """Stop at options that no model here heeds: kinds are config.model of all that will write."""
+    # an option without effect would be taken for one that brings nothing
     for name in FOR_WHOM:
         heeded = any(name in SAMPLER_OPTIONS[kind] for kind in kinds)
         if getattr(options, name) is not None and not heeded:
@@ -188,6 +192,7 @@ def check_teacher(ours, teacher):
         fail(f'--compare {teacher.path}: is a student; name a teacher or a baseline')
     if teacher.meta['tokenizer'] != ours.meta['tokenizer']:
         fail(f'--compare {teacher.path}: has another tokenizer than {ours.path}')
+    # the noise has a vector for each position, and what is given stands at the same ones
     for name in ('length', 'kind', 'pairs'):
         if teacher.meta[name] != ours.meta[name]:
             fail(f'--compare {teacher.path}: {name} of its rows is {teacher.meta[name]}, '
@@ -214,6 +219,7 @@ def tell(message):
 
 def default_checkpoint():
     """The newest student under out/, else the shipped weights; a line says which."""
+    # a folder that has no model.pt yet, of a run that was stopped early, is no model
     found = []
     for pattern in ('out/*/student/model.pt', 'out/*/one-call/model.pt'):
         path = newest_checkpoint(pattern)
@@ -287,7 +293,9 @@ def print_info(path, model, ckpt):
 
 def export(path, model, ckpt):
     """Write a checkpoint of the averaged weights only, in half precision."""
+    # the axis of a flow and the bias of a diffusion are small, and stay in fp32
     model.net.half()
+    # neither optimisers nor what only training needs
     kept = {name: ckpt[name] for name in ('iter', 'meta', 'options', 'teacher') if name in ckpt}
     # as weights and as their average the same tensors, which torch.save stores once
     save(path, model, model, **kept)
@@ -325,6 +333,7 @@ def known_ids(encoding, options, source, sep):
     if options.infill is None:
         # a space at the end would be a token of its own, as no text has it
         return encode(encoding, (options.prompt or '').rstrip(' '))
+    # texts and holes by turns: the pattern in brackets keeps the holes
     ids = []
     for part in re.split(f'({HOLE})', options.infill.rstrip(' ')):
         if re.fullmatch(HOLE, part):
@@ -338,6 +347,7 @@ def known_row(meta, encoding, options, source=''):
     """What is known of a row: given (1, L), ids, and -1 at positions to be written."""
     length = meta['length']
     special = meta['special']
+    # what the row begins with; all else is to be written
     ids = known_ids(encoding, options, source, special['<sep>'])
     if len(ids) >= length:
         fail(f'{source or options.prompt or options.infill!r:.60}: {len(ids)} tokens, but a row of '
@@ -420,6 +430,7 @@ def on_one_line(text):
 def print_texts(rows, writer):
     """Rows (B, L) on stdout, each on a line; of pairs, the source before the text."""
     for source, text in to_texts(rows, writer.meta, writer.encoding):
+        # several rows may be of one source, and several sources on stdin
         if source:
             text = f'{source} -> {text}'
         print(on_one_line(text))
@@ -445,6 +456,7 @@ def health_line(writer, rows, nfe, seconds, seed):
 
 def frame_texts(tokens, given, writer):
     """The first rows as they are after a call, tokens and given (B, L): a list of texts."""
+    # a call of an autoregressive model shows what it has written, not yet what is given further on
     known = given[:FRAME_ROWS]
     tokens = tokens[:FRAME_ROWS].cpu()
     rows = torch.where(known < 0, tokens, known)
@@ -559,6 +571,7 @@ def compare(ours, teacher, options):
         runs = [(teacher, teacher.model.config.length)]
     runs.append((ours, network_calls(ours.model.config, options.nfe)))
 
+    # one after the other; write_rows seeds the noise anew for each
     names = []
     texts = []
     frames = []
@@ -585,6 +598,7 @@ def compare(ours, teacher, options):
 def print_groups(names, texts, total, n, shown):
     """Row by row what each model wrote; of the n rows of each source the first so many."""
     for at in range(total):
+        # rows of one source follow each other; the others were only written for the figures
         if at % n >= shown:
             continue
         print()
@@ -604,6 +618,7 @@ def write(ours, options):
     nfe = network_calls(config, options.nfe)
     tell_what_is_not_said(config, nfe, options)
     sources = read_sources(options, ours.meta)
+    # all rows of all sources at once, those of a source next to each other
     n = options.mbr or options.n or 8
     given = known_rows(ours, options, sources, n)
     how = sampler_options(config, options)
@@ -620,10 +635,13 @@ def write(ours, options):
 
 def main(options):
     """Do what the options ask for."""
+    # what can be wrong without a model, before one is loaded
     check_ranges(options)
     check_texts(options)
     check_together(options)
     check_files(options)
+
+    # the file itself
     device = pick_device(options.device)
     path = options.checkpoint
     if path is None:
@@ -636,6 +654,7 @@ def main(options):
         export(options.export, model, ckpt)
         return
 
+    # its texts, alone or beside those of a teacher
     ours = make_writer(path, model, ckpt)
     kinds = [model.config.model]
     if options.compare is None:

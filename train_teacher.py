@@ -1,7 +1,7 @@
 """
 Train a teacher, which writes in tens of network calls, for distill.py to turn into one call.
 
-    python train_teacher.py                          # the newest data set; minutes on a laptop's CPU
+    python train_teacher.py                         # the newest data set; minutes on a laptop's CPU
     python train_teacher.py --data data/dates --model diffuseq       # or the baselines mdlm, ar
     torchrun --standalone --nproc_per_node=8 train_teacher.py        # the paper's size, on 8 GPUs
 
@@ -602,6 +602,7 @@ def main(o):
     print(f'{o.preset} preset: {o.model} of {size:.2f}M parameters, {o.iters:,} iterations of '
           f'{o.batch} rows, {world} x {device}; {len(train):,} tokens in {data} -> {out}')
 
+    batch = None
     for it in range(start, o.iters + 1):
         stop = it == o.iters or stopper.asked()
         due = it % o.eval_every == 0 and it > start
@@ -615,6 +616,7 @@ def main(o):
             log.record(it, **bins.record())
             if o.model == 'flm' and o.axis == 'measured' and 2 * it <= o.iters:
                 with autocast(device):
+                    tokens, given, _ = batch
                     ema.taus.copy_(model.refit_axis(tokens[:32], given[:32], seed=it))
             bins.sums.zero_()
 
@@ -629,8 +631,8 @@ def main(o):
 
         # batch, forward and backward, step
         cpu = generator('cpu', o.seed, it, 0)
-        tokens, given, tau = get_batch(train, meta, o.batch, o.given, cpu, device)
-        backward(model, (tokens, given, tau), it, o, rank, world, bins)
+        batch = get_batch(train, meta, o.batch, o.given, cpu, device)
+        backward(model, batch, it, o, rank, world, bins)
         bins.add_norm(update(model, ema, optimisers, it, o))
         log.progress(it + 1, bins.loss)
 

@@ -9,6 +9,10 @@ A flow's student is the teacher plus a second time: it learns delta_{s,t}, the t
 jump from time s to a later t; delta_{0,1} turns noise into text (FMLM, arXiv:2602.16813). A
 diffusion's student is a generator trained by score distillation (DLM-One, arXiv:2506.00290).
 Writes <out>/model.pt and <out>/log.jsonl.
+
+As everywhere, times run from noise (0) to data (1), and `given` (B, L) holds the ids of known
+tokens, -1 where text is to be written. s, u and t of a jump are reparameterised times tau here;
+flow.t_of(tau) is the t of the formulas. E is the embedding table, which both networks share.
 """
 
 import argparse
@@ -16,7 +20,7 @@ import copy
 import math
 import shlex
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +29,7 @@ import torch.nn.functional as F
 from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, fail, first_leg_weight,
                    generator, is_student, load, row_mean, save, share_of, write_rows)
 from prepare_data import (Parser, as_rows, count, health, load_dataset, positive, rate, run_script,
-                          to_texts)
-from prepare_data import share as share_type
+                          share, to_texts)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
                            get_batch, make_optimisers, preset_adder, restore, set_parts,
                            start_processes, update)
@@ -39,6 +42,7 @@ LAPTOP = dict(
     method='rollout', diagonal=0.25, boundary=0.5, given=0.1, dropout=0.0, row_noise=True,
     iters=250, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
     ema=0.999, eval_every=200)
+# score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam
 LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4}
 
 # FMLM, arXiv:2602.16813
@@ -74,9 +78,9 @@ def parse(argv=None):
     # flow map
     add('--method', choices=['semigroup', 'lagrangian', 'eulerian', 'rollout'],
         help='flow: where the targets of a jump come from')
-    add('--diagonal', type=share_type, help='flow: share of rows at s = t')
-    add('--boundary', type=share_type, help='flow: of the others, share at (s, t) = (0, 1)')
-    add('--leg', type=share_type, default=0.1,
+    add('--diagonal', type=share, help='flow: share of rows at s = t')
+    add('--boundary', type=share, help='flow: of the others, share at (s, t) = (0, 1)')
+    add('--leg', type=share, default=0.1,
         help="flow: length of the teacher's leg, as a share of t - s (lagrangian, eulerian)")
     add('--rollout', type=positive, default=8, help="flow: the teacher's calls that are copied")
     # score distillation
@@ -92,19 +96,19 @@ def parse(argv=None):
     add('--noises', type=positive, default=3,
         help='--guide: of so many noises the hardest is learnt')
     # the optimiser
-    add('--given', type=share_type,
+    add('--given', type=share,
         help='share of rows without a source that get random given tokens')
-    add('--dropout', type=share_type, help='on attention-out and MLP-out')
+    add('--dropout', type=share, help='on attention-out and MLP-out')
     add('--iters', type=count, help='iterations of the optimiser')
     add('--batch', type=positive, help='rows per iteration, of all processes together')
     add('--optimiser', choices=['muon', 'adamw'], help='for flow maps and refining, as in training')
     add('--lr', type=rate, help='peak learning rate of AdamW (of Adam in score distillation)')
     add('--muon-lr', type=rate, default=0.01, help='peak learning rate of Muon')
-    add('--beta2', type=share_type, help='of AdamW')
+    add('--beta2', type=share, help='of AdamW')
     add('--clip', type=rate, help='largest norm of the gradient; 0: any')
     add('--warmup', type=count, help='iterations of linear warm-up')
-    add('--decay', type=share_type, help='last share of the run, over which rates fall to 0')
-    add('--ema', type=share_type, help='decay of the averaged weights, which samples use')
+    add('--decay', type=share, help='last share of the run, over which rates fall to 0')
+    add('--ema', type=share, help='decay of the averaged weights, which samples use')
     # the run
     add_run_options(add)
     return parser.parse_args(argv)
@@ -115,8 +119,9 @@ def parse(argv=None):
 
 def time_pairs(n, diagonal, boundary, cpu):
     """
-    tau_s <= tau_t for n rows, each (n,), and what is asked of them (n,): 0 for s = t, 1 for (0, 1),
-    2 for jumps in between, in this order. Shares are of the whole batch. arXiv:2602.16813.
+    s <= t for n rows, each (n,), and what is asked of them (n,): 0 for s = t, 1 for (0, 1), 2 for
+    jumps in between, in this order. Rows are counted before a batch is split into parts, so the
+    method does not depend on their number. arXiv:2602.16813.
     """
     u = torch.rand(2, n, generator=cpu)
     # t - s ~ U(0, 1), then s ~ U(0, 1 - (t - s))
@@ -140,7 +145,7 @@ def time_pairs(n, diagonal, boundary, cpu):
 
 
 def two_legs(flow, first, last, s, u, t):
-    """delta_{s,t} from the texts that its legs s -> u and u -> t aim at: (B, L, V)."""
+    """delta_{s,t} from the texts p that its legs s -> u and u -> t aim at: (B, L, V)."""
     s, u, t = [flow.t_of(tau)[:, None, None] for tau in (s, u, t)]
     g = first_leg_weight(s, u, t)
     return g * first + (1 - g) * last
@@ -171,7 +176,7 @@ def lagrangian_target(student, teacher, h, given, s, t, o):
 def eulerian_target(student, teacher, h, given, s, t, o):
     """
     delta_{s,t}(h) by a step of the teacher to u close to s, delta_{s,u} ~ D_s, and a jump of the
-    student from there: the Eulerian equation (consistency) in a finite step.
+    student from there: the Eulerian equation of arXiv:2602.16813 (consistency) in a finite step.
     """
     u = s + o.leg * (t - s)
     first = teacher.predict(h, given, s).softmax(-1)
@@ -200,7 +205,7 @@ class FlowMap:
         in nats, and what to log: for each kind of row sum and number.
         """
         s, t, kind = times
-        # on the CPU, so that no GPU is waited for
+        # rows come sorted by kind; counted on the CPU, so that no GPU is waited for
         sizes = torch.bincount(kind, minlength=3).tolist()
         s = s.to(tokens.device)
         t = t.to(tokens.device)
@@ -228,21 +233,21 @@ def sum_and_number(x):
 # -----------------------------------------------------------------------------
 # Part 2. DLM-One: score distillation of a diffusion into a generator
 
-def sid_gap(x, real, fake, alpha):
+def sid_gap(x, teacher_x, fake_x, alpha):
     """
-    SiD, arXiv:2404.04057: (1 - alpha) |real - fake|^2 + (real - fake).(fake - x) at each position,
-    (B, L, C) three times -> (B, L), with gradient through all three. x is generated; `real` and
-    `fake` are what the teacher and the fake denoiser guess it was, from x_t. Where both guess
-    alike at all noise levels, the student writes as the data do. Its mean is (1 - alpha)
-    E|real - fake|^2: no progress meter.
+    SiD, arXiv:2404.04057: (1 - alpha) |teacher_x - fake_x|^2 + (teacher_x - fake_x).(fake_x - x) at
+    each position, (B, L, C) three times -> (B, L), with gradient through all three. x is generated;
+    teacher_x and fake_x are what the teacher and the fake denoiser guess it was, from x_t. Where
+    both guess alike at all noise levels, the student writes as the data do. Its mean is
+    (1 - alpha) E|teacher_x - fake_x|^2: no progress meter.
     """
-    gap = real - fake
-    return ((1 - alpha) * gap.square() + gap * (fake - x)).mean(-1)
+    gap = teacher_x - fake_x
+    return ((1 - alpha) * gap.square() + gap * (fake_x - x)).mean(-1)
 
 
-def dmd_gap(x, real, fake):
-    """DMD, arXiv:2311.18828: the gradient fake - real on x alone; shapes as in sid_gap."""
-    return ((fake - real).detach() * x).mean(-1)
+def dmd_gap(x, teacher_x, fake_x):
+    """DMD, arXiv:2311.18828: the gradient fake_x - teacher_x on x alone; shapes as in sid_gap."""
+    return ((fake_x - teacher_x).detach() * x).mean(-1)
 
 
 class Fake(torch.nn.Module):
@@ -309,29 +314,28 @@ class ScoreDistillation:
         """What the student minimises, in which both denoisers pass gradients but stay."""
         student = self.student
         x = student.generate(student.begin(given, rng), given)
-        # not at the very ends: SiD's range of noise levels
+        # not at the very ends: SiD's range of noise levels, 2 to 98 %
         t = 0.02 + 0.96 * torch.rand(len(given), generator=rng, device=given.device)
         x_t = student.corrupt(x, clean, given, t, rng)
-        real = self.teacher.predict(x_t, given, t)
-        fake, logit = self.fake(x_t, given, t)
+        teacher_x = self.teacher.predict(x_t, given, t)
+        fake_x, logit = self.fake(x_t, given, t)
         if self.o.loss == 'dmd':
-            gap = dmd_gap(x, real, fake)
+            gap = dmd_gap(x, teacher_x, fake_x)
         else:
-            gap = sid_gap(x, real, fake, self.o.alpha)
-        # rows far from what the teacher sees would drown the others
-        weight = 1 / row_mean((x - real).detach().abs().mean(-1), given).clamp(min=1e-5)
+            gap = sid_gap(x, teacher_x, fake_x, self.o.alpha)
+        # rows far from what the teacher sees would drown the others (SiD's weight)
+        weight = 1 / row_mean((x - teacher_x).detach().abs().mean(-1), given).clamp(min=1e-5)
         loss = (weight * row_mean(gap, given)).mean()
         if self.o.adversarial:
+            # the student is to pass for real (SiDA, arXiv:2410.14919)
             loss = loss + self.o.adversarial * F.softplus(-logit).mean()
-        seen = {
-            'gap': sum_and_number(row_mean((real - fake).detach().square().mean(-1), given)),
-            'fake_error': sum_and_number(row_mean((fake - x).detach().square().mean(-1), given)),
-        }
-        return loss, seen
+        distance = row_mean((teacher_x - fake_x).detach().square().mean(-1), given)
+        error = row_mean((fake_x - x).detach().square().mean(-1), given)
+        return loss, {'gap': sum_and_number(distance), 'fake_error': sum_and_number(error)}
 
 
 def adam(module, lr):
-    """Adam without momentum, as SiD has it."""
+    """Adam without momentum, as SiD has it for both networks; the fake's rate stays constant."""
     params = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.Adam(params, lr, betas=(0.0, 0.999))
 
@@ -349,7 +353,7 @@ def rollout_target(student, teacher, h, given, s, t, o):
         now = s + (t - s) * i / o.rollout
         then = s + (t - s) * (i + 1) / o.rollout
         p = teacher.predict(h, given, now).softmax(-1)
-        # the mean of p along the way
+        # a weighted mean of the p along the way; of a jump to t = 1 only the last one counts
         target = two_legs(student, target, p, s, now, then)
         h = student.jump(h, p, given, now, then)
     return target
@@ -411,7 +415,10 @@ class Refine:
         return lagrangian_target(self.guide, self.teacher, h, given, s, s + 1, self.o)
 
     def diffusion_target(self, h, given, rng):
-        """The guide's text is noised to t = 0.5, 0.65, 0.8, for three looks of the teacher."""
+        """
+        The guide's text is noised and denoised by the teacher, three times one after the other,
+        with less and less noise (the times are by trial).
+        """
         x = self.guide.embedded(self.one_call(self.guide, h, given).argmax(-1))
         for t in (0.5, 0.65, 0.8):
             t = torch.full_like(h[:, 0, 0], t)
@@ -467,7 +474,7 @@ def load_same_data(o, ckpt):
 
 
 def build_student(teacher, guide, o):
-    """A student that writes, at first, as the guide or the teacher does; E and rounding are kept."""
+    """A student that writes, at first, as the guide or the teacher does; E and rounding stay."""
     source = guide or teacher
     if guide:
         config = replace(guide.config, dropout=o.dropout)
@@ -483,6 +490,13 @@ def build_student(teacher, guide, o):
     for name, p in student.named_parameters():
         p.requires_grad_(name not in ('net.embed', 'bias'))
     return student.to(next(teacher.parameters()).device)
+
+
+def compile_on_gpu(o, device, models):
+    """torch.compile in place, so that the names of the weights stay as they are."""
+    for model in models:
+        if o.compile and device.type == 'cuda' and model is not None:
+            model.net.compile()
 
 
 def make_stage(student, guide, teacher, o):
@@ -538,14 +552,17 @@ class Best:
             self.model.load_state_dict(ckpt['ema'])
 
     def see(self, quality, it, out):
-        """Keep the weights of now if they are the best; end a run that has degenerated."""
+        """Whether the weights of now are the best, and kept; ends a run that has degenerated."""
+        if not self.choose:
+            return False
         if quality >= self.quality:
             self.quality = quality
-            if self.choose:
-                self.model.load_state_dict(self.ema.state_dict())
-        elif self.choose and quality < self.quality / 2:
+            self.model.load_state_dict(self.ema.state_dict())
+            return True
+        if quality < self.quality / 2:
             fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
                  '--lr or raise --fake-ratio')
+        return False
 
 
 class Means:
@@ -572,15 +589,17 @@ class Means:
                  f'--resume goes on from the last save in {out}')
 
 
-def backward(stage, student, batch, it, o, rank, world, means):
+def backward(stage, student, batch, it, o, run, means):
     """Loss and gradients of this process's parts of a batch, each with noise of its own."""
     tokens, given, times = batch
     trained = [p for p in student.parameters() if p.requires_grad]
-    for part in range(rank, o.parts, world):
+    # every so manieth row: each part has its share of every kind
+    for part in range(run.rank, o.parts, run.world):
         rows = slice(part, None, o.parts)
         rng = generator(tokens.device, o.seed, it, 1 + part)
         # dropout draws from the global generator
         torch.manual_seed(rng.initial_seed())
+        # model.autocast keeps no casts: one made without gradient is of no use with it
         with autocast(tokens.device):
             loss, seen = stage(tokens[rows], given[rows], [x[rows] for x in times], rng)
         # not into the fake denoiser, whose own turn is past
@@ -588,9 +607,28 @@ def backward(stage, student, batch, it, o, rank, world, means):
         means.add({'loss': sum_and_number(loss[None]), **seen})
 
 
+@dataclass
+class Run:
+    """What a run is of: processes, models, data, and where it goes."""
+    rank: int
+    world: int
+    device: torch.device
+    teacher: torch.nn.Module
+    guide: torch.nn.Module
+    train: object           # ids
+    val: object
+    out: Path
+    ckpt: dict              # to go on from, or None
+    about: dict             # what a checkpoint says of its data, options and teacher
+
+
 def prepare(o):
     """Everything that a run needs, checked before anything is written."""
     rank, world, device = start_processes(o)
+    if o.leg == 0:
+        fail('--leg 0: the teacher would not be asked; give more, up to 1')
+    if o.dropout == 1:
+        fail('--dropout 1: nothing would be left; give less')
     path = find_teacher(o.teacher)
     teacher, teacher_ckpt = load_teacher(path, device)
     o.teacher = str(path)
@@ -609,65 +647,77 @@ def prepare(o):
     ckpt = check_out(out, o, meta, crc)
     about = dict(meta=meta, options=vars(o),
                  teacher={'path': o.teacher, 'crc': crc, 'options': teacher_ckpt['options']})
-    return rank, world, device, teacher, guide, train, val, out, ckpt, about
+    return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)
+
+
+def write_checkpoint(run, it, modules, best, optimisers, means):
+    """<out>/model.pt, by the first process: all that the run needs to go on."""
+    if run.rank > 0:
+        return
+    others = {name: module.state_dict() for name, module in modules.items() if name != 'model'}
+    save(run.out / 'model.pt', modules['model'], best.model, optimisers, iter=it,
+         quality=best.quality, means=means.sums, **others, **run.about)
 
 
 def main(o):
-    rank, world, device, teacher, guide, train, val, out, ckpt, about = prepare(o)
-    meta = about['meta']
+    run = prepare(o)
+    meta = run.about['meta']
     torch.manual_seed(o.seed)
-    student = build_student(teacher, guide, o)
-    stage, optimisers = make_stage(student, guide, teacher, o)
-    modules = {'model': student, 'average': copy.deepcopy(student).requires_grad_(False).eval()}
+    # student and fake are in training mode, so targets that the student makes know dropout, too
+    student = build_student(run.teacher, run.guide, o)
+    stage, optimisers = make_stage(student, run.guide, run.teacher, o)
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+    modules = {'model': student, 'average': ema}
     if o.stage == 'score':
         modules['fake'] = stage.fake
-    if ckpt is not None:
-        restore(ckpt, modules, optimisers)
-    ema = modules['average']
-    best = Best(ema, o, ckpt)
-    start = 0 if ckpt is None else ckpt['iter']
-    means = Means(None if ckpt is None else ckpt['means'])
-    if o.compile and device.type == 'cuda':
-        for model in (student, guide, teacher):
-            if model is not None:
-                model.net.compile()
-    log = Log(out, o.iters, start, o.batch * meta['length'])
+    start = 0
+    means = Means()
+    if run.ckpt is not None:
+        restore(run.ckpt, modules, optimisers)
+        start = run.ckpt['iter']
+        means = Means(run.ckpt['means'])
+    best = Best(ema, o, run.ckpt)
+    compile_on_gpu(o, run.device, [student, run.guide, run.teacher])
+    log = Log(run.out, o.iters, start, o.batch * meta['length'])
     stopper = Stopper()
-    _, known, _ = get_batch(val, meta, 200, 0.0, generator('cpu', 1, 1), torch.device('cpu'))
+    cpu = torch.device('cpu')
+    _, known, _ = get_batch(run.val, meta, 200, 0.0, generator('cpu', 1, 1), cpu)
     print(f'{o.preset} preset: {o.stage} of {o.teacher}, {o.iters:,} iterations of {o.batch} rows, '
-          f'{world} x {device}; data {o.data} -> {out}')
+          f'{run.world} x {run.device}; data {o.data} -> {run.out}')
 
     for it in range(start, o.iters + 1):
         stop = it == o.iters or stopper.asked()
         due = it % o.eval_every == 0 and it > start
         hundred = it % 100 == 0 and it > start
 
-        # log, measure (not when told to stop), save
+        # log
         if hundred or due or stop:
-            means.check(it, out)
+            means.check(it, run.out)
         if hundred:
             log.record(it, **means.record())
             means = Means()
+
+        # save, only then measure, and save anew if these weights are the best
+        if due or stop:
+            write_checkpoint(run, it, modules, best, optimisers, means)
         if due or it == o.iters:
-            best.see(measure(ema, known, meta, o, it, log), it, out)
-        if (due or stop) and rank == 0:
-            states = {name: modules[name].state_dict() for name in modules if name != 'model'}
-            save(out / 'model.pt', student, best.model, optimisers, iter=it, quality=best.quality,
-                 means=means.sums, **states, **about)
+            quality = measure(ema, known, meta, o, it, log)
+            if best.see(quality, it, run.out):
+                write_checkpoint(run, it, modules, best, optimisers, means)
         if stop:
             break
 
         # batch, forward and backward, step
         cpu = generator('cpu', o.seed, it, 0)
-        tokens, given, _ = get_batch(train, meta, o.batch, o.given, cpu, device)
+        tokens, given, _ = get_batch(run.train, meta, o.batch, o.given, cpu, run.device)
         batch = tokens, given, stage.times(o.batch, cpu)
-        backward(stage, student, batch, it, o, rank, world, means)
+        backward(stage, student, batch, it, o, run, means)
         norm = update(student, ema, optimisers[:1] if o.stage == 'score' else optimisers, it, o)
         means.add({'norm': sum_and_number(norm[None])})
         log.progress(it + 1, means.loss)
 
-    print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(advice(o, out, it, meta, val))
+    print(f'wrote {run.out}/model.pt and {run.out}/log.jsonl')
+    print(advice(o, run.out, it, meta, run.val))
 
 
 def advice(o, out, it, meta, val):

@@ -11,7 +11,7 @@ Conventions, used everywhere in this repository:
   t in [0, 1]    time, from noise (t = 0) to data (t = 1); s <= u <= t for a flow map
   tau in [0, 1]  reparameterised time: training and samplers are uniform in tau
   B, L, V, D, C  batch, length, vocabulary, width, channels of the embedding
-  h (B, L, C)    noisy rows, as the network sees them
+  h (B, L, C)    noisy rows x_t E: all that a network is ever given of the one-hot x_t
   given (B, L)   int64, ids of known tokens (a source, a prompt); -1 where text is to be written
   nfe            network calls of a sampler
 
@@ -65,12 +65,12 @@ class Config:
 
 
 # -----------------------------------------------------------------------------
-# The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> logits (B, L, V)
+# The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> (B, L, V), or (B, L, C)
 
 def sinusoid(tau, dim=256):
     """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
-    # ours: times are scaled by 1000 (periods from 0.006 to 63), so that neighbouring ones differ;
-    # the paper feeds tau itself
+    # ours: times are scaled by 1000 (periods from 0.006 to 58), so that neighbouring ones differ;
+    # FLM feeds tau itself
     frequencies = 1000 * 10000 ** (-torch.arange(dim // 2, device=tau.device) / (dim // 2))
     angles = tau[:, None].float() * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -79,7 +79,9 @@ def sinusoid(tau, dim=256):
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): turn channel pairs by angles that grow with position."""
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+    turned1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    turned2 = torch.addcmul(x1 * sin, x2, cos)
+    return torch.cat([turned1, turned2], dim=-1)
 
 
 def modulate(x, shift, scale):
@@ -103,22 +105,25 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * D, D)
 
     def attention(self, x, cos, sin, cache, at):
-        """x (B, L, D) -> (B, L, D). With a cache, x are the positions from `at`, see Denoiser."""
+        """x (B, L, D) -> (B, L, D). With a cache, x is the position `at` alone, see Denoiser."""
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
-        # ours: queries and keys of unit size bound the attention logits, so that the learning rate
-        # may be large; the paper caps the logits at 50 instead
-        q = rotate(F.rms_norm(q, q.shape[-1:]), cos, sin)
-        k = rotate(F.rms_norm(k, k.shape[-1:]), cos, sin)
+        size = D // self.heads
+        qkv = self.qkv(x).view(B, L, 3, self.heads, size)
+        # ours: queries and keys of length 1, times sqrt(size), bound the attention logits
+        # (arXiv:2302.05442), so that the learning rate may be large; FLM caps the logits at 50
+        qk = qkv[:, :, :2]
+        qk = rotate(qk / (qk.norm(dim=-1, keepdim=True) + 1e-6), cos, sin)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # (B, heads, L, size) each
+        v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
-            # only the newest token goes through the network, those before it are kept
-            cache[0, :, :, at:at + L] = k
-            cache[1, :, :, at:at + L] = v
-            k = cache[0, :, :, :at + L].to(v.dtype)
-            v = cache[1, :, :, :at + L].to(v.dtype)
+            # only the newest token goes through the network; it sees those before it, all kept
+            assert L == 1
+            cache[0, :, :, at:at + 1] = k
+            cache[1, :, :, at:at + 1] = v
+            k = cache[0, :, :, :at + 1]
+            v = cache[1, :, :, :at + 1]
         causal = self.causal and cache is None
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=size ** 0.5)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
     def forward(self, x, modulation, cos, sin, cache=None, at=0):
@@ -138,11 +143,11 @@ class Denoiser(nn.Module):
         self.layers = config.layers
         self.embed = nn.Parameter(torch.empty(V, C))  # E
         self.into = nn.Linear(C, D, bias=False) if C != D else nn.Identity()
-        # ours: learnt positions beside the rotary ones, which the paper has alone
+        # ours: learnt positions beside the rotary ones, which FLM has alone
         self.position = nn.Parameter(torch.empty(config.length, D))
-        # ours: what marks a given token. Entry 0 is for positions to be written. With few channels
-        # each token has a vector of its own here: E then is spent on what noise must decide, and
-        # would hardly tell the digits of a source apart
+        # ours: what marks a position whose token is seen for certain; entry 0 is for all others.
+        # One entry would do where E is wide. Of few channels, E learns what noise has to decide,
+        # and hardly tells the digits of a source apart: then each token has an entry of its own
         self.known = nn.Embedding(1 + (V if C < D else 1), D)
         self.time = self.time_network(config.cond)
         self.time_to = self.time_network(config.cond) if config.two_time else None
@@ -171,24 +176,25 @@ class Denoiser(nn.Module):
         # as large as the noise beside it: the usual 0.02 takes hundreds of iterations to be heard
         nn.init.normal_(self.position)
         nn.init.normal_(self.known.weight)
-        # zero: at first no time modulates anything, and all tokens are equally likely
+        # zero: at first no time modulates anything, and all outputs are alike
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.head.weight)
         # zero: a fresh student does what its teacher does, whatever time it is told to jump to
         if self.time_to is not None:
             nn.init.zeros_(self.time_to[2].weight)
 
-    def forward(self, h, given, tau, tau_to=None, target=None, share=None, cache=None, at=0):
+    def forward(self, h, seen, tau, tau_to=None, target=None, share=None, cache=None, at=0):
         """
-        h (B, L, C), given (B, L), tau and tau_to (B,) or (1,) -> logits (B, L, out) in fp32.
+        h (B, L, C), seen (B, L) ids of tokens known for certain, else -1, tau and tau_to (B,) or
+        (1,) -> logits (B, L, out) in fp32.
         With a target, ids (B, L) or probabilities (B, L, V): the cross-entropy of each row (B,) in
-        nats, of which every position has its share (B, L); default: the mean over those not given.
-        ar: with a cache (layers, 2, B, heads, L, D/heads), h holds the positions from `at` on.
+        nats, summed over positions by their share (B, L); default: the mean over those not seen.
+        ar: with a cache (layers, 2, B, heads, L, D/heads), h holds the position `at` alone.
         """
         here = slice(at, at + h.shape[1])
-        cos = self.cos[here]
-        sin = self.sin[here]
-        known = self.known((given + 1).clamp(max=self.known.num_embeddings - 1))
+        cos = self.cos[here, None, None]  # (L, 1, 1, half): alike for queries, keys and heads
+        sin = self.sin[here, None, None]
+        known = self.known((seen + 1).clamp(max=self.known.num_embeddings - 1))
         x = self.into(h) + self.position[here] + known  # (B, L, D)
 
         # what the time has to say to every block
@@ -205,31 +211,32 @@ class Denoiser(nn.Module):
         if target is None:
             return capped_logits(y, self.head.weight, self.head.bias, self.cap)
         if share is None:
-            share = share_of(given)
+            share = share_of(seen)
         return row_nats(y, self.head.weight, self.head.bias, self.cap, target, share)
 
 
 # -----------------------------------------------------------------------------
 # The one-hot flow: its mathematics. t, s and u broadcast
 
-def right_token_probability(t, K, share=1.0):
+def right_token_probability(t, K, signal_scale=1.0):
     """
     q(t) = P(argmax_k x_t is the right token) = E_z[Phi(z + t/(1-t))^(K-1)], z ~ N(0, 1), for t (n,)
     float64 in [0, 1) and K tokens -> (n,). arXiv:2602.16813, time reparameterisation.
-    `share` scales t/(1-t), the ratio of signal to noise, for a reader who sees less than x_t.
+    signal_scale: on t/(1-t), the ratio of signal to noise, for a reader who sees less than x_t.
     """
     # Gauss-Hermite: an expectation over z becomes a weighted sum over 100 nodes
     nodes, weights = np.polynomial.hermite_e.hermegauss(100)
     nodes = torch.from_numpy(nodes)
     weights = torch.from_numpy(weights)
-    log_cdf = torch.special.log_ndtr(nodes + share * (t / (1 - t))[:, None])  # (n, 100)
+    log_cdf = torch.special.log_ndtr(nodes + signal_scale * (t / (1 - t))[:, None])  # (n, 100)
     return (weights * torch.exp((K - 1) * log_cdf)).sum(1) / weights.sum()
 
 
-def time_axis(K, share=1.0, knots=1001):
+def time_axis(K, signal_scale=1.0, knots=1001):
     """Knots (ts, taus) of tau(t) = K/(K-1) (q(t) - 1/K), each (knots,) float64, from 0 to 1."""
     ts = torch.linspace(0, 1, knots, dtype=torch.float64)
-    taus = (right_token_probability(ts[:-1], K, share) - 1 / K) * K / (K - 1)
+    taus = (right_token_probability(ts[:-1], K, signal_scale) - 1 / K) * K / (K - 1)
+    # the sum over nodes is a little off: exactly 0 at t = 0, at most 1, and never falling
     taus = torch.cat([taus - taus[0], torch.ones(1)]).clamp(0, 1)
     taus = torch.cummax(taus, 0).values
     # flat at both ends to machine precision: a slight slope keeps t(tau) one-to-one
@@ -261,7 +268,7 @@ def first_leg_weight(s, u, t):
 
 
 # -----------------------------------------------------------------------------
-# FLM and FMLM: the one-hot flow (teacher) and its flow map (student, config.two_time)
+# The models
 
 class Model(nn.Module):
     """What the four models share: a config and a denoiser."""
@@ -272,12 +279,14 @@ class Model(nn.Module):
         self.net = Denoiser(config, out)
 
     def embedded(self, ids):
-        """Rows of E, (B, L) -> (B, L, C) in fp32; ids of -1 (unknown tokens) count as 0."""
-        return F.embedding(ids.clamp(min=0), self.net.embed).float()
+        """Rows of E, (B, L) -> (B, L, C); ids of -1 (tokens not known) count as 0."""
+        return F.embedding(ids.clamp(min=0), self.net.embed)
 
 
 class OneHotFlow(Model):
     """
+    FLM (teacher) and FMLM, its flow map (student, config.two_time): arXiv:2602.16813.
+
     The flow x_t = (1-t) eps + t onehot(token), eps ~ N(0, I) in R^V at each of L positions.
 
     The network's first layer is linear, so all that it sees of x_t is h = x_t E, and h alone is
@@ -290,12 +299,12 @@ class OneHotFlow(Model):
 
     def __init__(self, config):
         super().__init__(config, config.vocab)
-        share = 1.0
+        signal_scale = 1.0
         if config.axis == 'measured':
-            # ours: the axis of a reader who sees h instead of x_t, in which a token keeps C/V of
-            # its signal's energy; only where training begins, see refit_axis
-            share = min(1, config.channels / config.vocab) ** 0.5
-        ts, taus = time_axis(config.vocab, share)
+            # ours: where training begins, see refit_axis: the axis of a reader of h, which is a
+            # projection of x_t from V to C directions, in which a share C/V of its energy lies
+            signal_scale = min(1, config.channels / config.vocab) ** 0.5
+        ts, taus = time_axis(config.vocab, signal_scale)
         if config.axis == 'uniform':
             taus = ts
         self.register_buffer('ts', ts.float(), persistent=False)
@@ -305,8 +314,8 @@ class OneHotFlow(Model):
     def refit_axis(self, tokens, given, seed):
         """
         ours: let tau rise as the network's own loss on these rows (B, L) falls, seen at 33 times,
-        so that each call of a sampler decides as much as any other. The paper's axis follows a
-        reader of all of x_t, of which the network sees C numbers. Returns the new taus.
+        so that each call of a sampler decides as much as any other. FLM's axis follows a reader of
+        all of x_t, of which the network sees C numbers. Returns the new taus.
         """
         grid = torch.linspace(0, 1, 33, device=tokens.device)
         losses = []
@@ -328,11 +337,11 @@ class OneHotFlow(Model):
     def noise_factor(self, positions):
         """
         R (k, C) with R^T R = E^T E: z R has the law of eps E for z ~ N(0, I_k) at each position.
-        k = C, by a product of V C^2 and a Cholesky factor; gradients reach E through both.
+        R is a Cholesky factor (k = C), for a product of V C^2, or E itself (k = V), whichever costs
+        less. Gradients reach E through both.
         """
-        E = self.net.embed.float()
+        E = self.net.embed
         V, C = E.shape
-        # eps itself, k = V, costs less for so few positions, and no less is to be had of small V
         if min(positions, V) <= C:
             return E
         # in bf16 the product would not be positive definite
@@ -368,9 +377,13 @@ class OneHotFlow(Model):
         # which adds up over V tokens, and 1/V of that for one token. The size is a constant at
         # each t, not each token's own norm, which says much where channels are few
         t = self.t_of(tau)[:, None, None]
+        if self.config.two_time and tau_to is None:
+            # a flow map from s to s is the denoiser
+            tau_to = tau
         V, C = self.net.embed.shape
         size = torch.where(given[..., None] < 0, (1 - t) ** 2 + t ** 2 / V, 1 / V)
-        size = (size / C).sqrt() * self.net.embed.detach().float().norm()
+        # a measure only: no gradient makes E larger or smaller by it
+        size = (size / C).sqrt() * self.net.embed.detach().norm()
         return self.net(h / size, given, tau, tau_to, target)
 
     def loss(self, tokens, given, tau, rng=None):
@@ -387,14 +400,15 @@ class OneHotFlow(Model):
         """Move h from tau_s to tau_t along p (B, L, V); given positions stay as they are."""
         s = self.t_of(tau_s)[:, None, None]
         t = self.t_of(tau_t)[:, None, None]
-        return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed.float(), s, t), h)
+        return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed, s, t), h)
 
     @torch.no_grad()
     def sample(self, given, nfe, rng=None, temperature=1.0, gamma=0.0, on_call=None):
         """
         Euler steps of a teacher, jumps of a student, on a uniform grid of tau: (B, L).
-        The text is the argmax of the last call, arXiv:2602.16813. gamma: 0 follows the flow; up to
-        1 each call overshoots and noise is added anew (no effect at nfe = 1).
+        The text is the argmax of the last call, arXiv:2602.16813. temperature divides the logits;
+        gamma: 0 follows the flow, up to 1 each call overshoots and noise is added anew. Neither has
+        an effect at nfe = 1.
         """
         B, L = given.shape
         factor = self.noise_factor(B * L)
@@ -439,7 +453,7 @@ def noise_level(t):
     a, b of x_t = a x + b eps with a^2 + b^2 = 1: the square-root schedule of DiffuSeq, whose index
     i of T = 2000 is t = 1 - (i+1)/T (arXiv:2210.08933).
     """
-    # 2e-7: pure noise stays finite as b/a, the published table's last entry
+    # 0.99 and 1e-4 are of the public code; 2e-7 keeps b/a finite at t = 0, its last entry
     keep = ((1 - (1 - t + 1e-4).sqrt()) / 0.99).clamp(2e-7, 1)
     return keep.sqrt(), (1 - keep).sqrt()
 
@@ -477,11 +491,11 @@ class EmbeddingDiffusion(Model):
 
     def rounding_logits(self, x):
         """Logits (B, L, V) of the tokens that x (B, L, C) may stand for."""
-        return capped_logits(x.float(), self.net.embed.float(), self.bias, 0.0)
+        return capped_logits(x, self.net.embed, self.bias, 0.0)
 
     def rounding_nats(self, x, target, share):
         """Cross-entropy (B,) of target, ids or probabilities, under the rounding of x; nats."""
-        return row_nats(x.float(), self.net.embed.float(), self.bias, 0.0, target, share)
+        return row_nats(x, self.net.embed, self.bias, 0.0, target, share)
 
     def noise(self, like, rng=None):
         return torch.randn(like.shape, generator=rng, device=like.device)
@@ -506,8 +520,8 @@ class EmbeddingDiffusion(Model):
         guess = self.predict(self.corrupt(x, source, given, t, rng), given, t)
         loss = row_mean((guess - x).square().mean(-1), counted)
         # without the rounding term all embeddings would shrink to one point, error 0
-        every = torch.full_like(loss, 1 / tokens.shape[1])[:, None].expand(tokens.shape)
-        loss = loss + self.rounding_nats(x, tokens, every)
+        everywhere = share_of(torch.full_like(given, -1))
+        loss = loss + self.rounding_nats(x, tokens, everywhere)
         if self.config.anchor:
             # ours: the guess itself is to round to the right token
             loss = loss + self.config.anchor * self.rounding_nats(guess, tokens, share_of(given))
@@ -516,6 +530,7 @@ class EmbeddingDiffusion(Model):
     def begin(self, given, rng=None):
         """Noise at the time of the first call around the given embeddings: x_t (B, L, C)."""
         clean = self.embedded(given)
+        # nothing is known of the text yet, so its part a x is left out
         _, b = noise_level(torch.tensor(self.config.start))
         # ours (row_noise): all positions see the same noise, so they need not agree on theirs
         z = self.noise(clean[:, :1] if self.config.row_noise else clean, rng)
@@ -527,9 +542,10 @@ class EmbeddingDiffusion(Model):
 
     def nearest(self, x):
         """The embedding nearest to each x (B, L, C): DiffuSeq's clamp."""
-        E = self.net.embed.float()
-        # |E - x|^2 is least where x E - |E|^2 / 2 is largest
-        closeness = F.linear(x.float(), E, -0.5 * E.square().sum(1))  # (B, L, V)
+        E = self.net.embed
+        # |E - x|^2 is least where x E - |E|^2 / 2 is largest; bf16 would be too coarse for that
+        with torch.autocast(E.device.type, enabled=False):
+            closeness = F.linear(x.float(), E, -0.5 * E.square().sum(1))  # (B, L, V)
         return self.embedded(closeness.argmax(-1))
 
     @torch.no_grad()
@@ -561,19 +577,23 @@ class EmbeddingDiffusion(Model):
 
 
 # -----------------------------------------------------------------------------
-# The baselines, on tokens themselves: the same network, and all that it sees is given
+# The baselines, on tokens themselves, without noise: the same network
 
-class MaskedDiffusion(Model):
-    """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
+class TokenModel(Model):
+    """What the baselines share: a network that sees tokens, or that there is none."""
 
     def __init__(self, config):
         super().__init__(config, config.vocab)
 
     def predict(self, seen, **how):
-        """Logits (B, L, V) of the tokens behind those seen (B, L), -1 where masked, or nats."""
+        """Logits (B, L, V), or nats, from the tokens seen (B, L), -1 where masked; see Denoiser."""
         h = torch.where(seen[..., None] < 0, 0, self.embedded(seen))
-        no_time = torch.zeros(1, device=seen.device)  # the masks tell how far it is
+        no_time = torch.zeros(1, device=seen.device)  # what is seen tells how far it is
         return self.net(h, seen, no_time, **how)
+
+
+class MaskedDiffusion(TokenModel):
+    """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
 
     def loss(self, tokens, given, t, rng=None):
         """Bound on -log p, nats per position not given: the masked count 1/(1-t) each: (B,)."""
@@ -600,7 +620,7 @@ class MaskedDiffusion(Model):
         return tokens
 
 
-class Autoregressive(MaskedDiffusion):
+class Autoregressive(TokenModel):
     """Writes from left to right: each position sees those before it, and predicts its token."""
 
     def loss(self, tokens, given, tau=None, rng=None):
@@ -613,9 +633,8 @@ class Autoregressive(MaskedDiffusion):
         """One call for each of L tokens, whatever nfe says, with a cache of keys and values."""
         c = self.config
         B, L = given.shape
-        # of the type that attention computes in, under autocast, too
-        empty = self.net.head.weight[:0]
-        cache = F.linear(empty, empty).new_empty(c.layers, 2, B, c.heads, L, c.width // c.heads)
+        shape = (c.layers, 2, B, c.heads, L, c.width // c.heads)
+        cache = torch.empty(shape, dtype=product_dtype(given.device), device=given.device)
         row = torch.full((B, L + 1), c.vocab - 1, device=given.device)  # <bos>, then the text
         for at in range(L):
             logits = without_specials(self.predict(row[:, at:at + 1], cache=cache, at=at))
@@ -680,12 +699,18 @@ def capped_logits(y, weight, bias, cap):
 
 def row_nats(y, weight, bias, cap, target, share):
     """Cross-entropy of rows (B,): y (B, L, D), target (B, L) ids or (B, L, V), share (B, L)."""
-    # the type of products, under autocast, too
-    dtype = F.linear(y[:0], weight[:0]).dtype
+    dtype = product_dtype(y.device)
     nats = CrossEntropy.apply(
         y.flatten(0, 1).to(dtype), weight.to(dtype), bias.to(dtype), cap,
         target.flatten(0, 1), share.flatten())
     return nats.view(share.shape).sum(1)
+
+
+def product_dtype(device):
+    """The type that matrix products are computed in: that of autocast where it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
 
 
 def positions_at_once(device, vocab):
@@ -698,7 +723,8 @@ def positions_at_once(device, vocab):
 @torch.compiler.allow_in_graph  # torch 2.13 fails to trace inside
 class CrossEntropy(torch.autograd.Function):
     """
-    Share (n,) of the nats of ids (n,) or probabilities (n, V) under the logits of y (n, D): (n,).
+    Share (n,) of the nats of ids (n,) or probabilities (n, V), which sum to 1, under the logits of
+    y (n, D): (n,).
 
     Logits are computed for a chunk of positions at a time, and only once: their gradients are taken
     on the spot, in the forward pass, and no (n, V) is kept. Therefore all positions must count
@@ -723,7 +749,7 @@ class CrossEntropy(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias, dtype=torch.float32)
         for y_n, target_n, share_n in zip(y.split(size), target.split(size), share.split(size)):
             nats_n, slope = CrossEntropy.chunk(
-                y_n, weight, bias, cap, target_n, share_n[:, None], ctx.needs_input_grad[0])
+                y_n, weight, bias, cap, target_n, share_n[:, None], any(ctx.needs_input_grad[:3]))
             nats.append(nats_n)
             if slope is not None:
                 bias_grad += slope.sum(0)
@@ -737,7 +763,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def chunk(y, weight, bias, cap, target, share, want_slope):
         """Nats (n,) of one chunk and, if wanted, their slope in the logits (n, V)."""
-        # z = cap tanh(y W^T + b), both scaled by 1/cap
+        # with a cap, z holds the tanh of the logits, which are cap times that
         z = F.linear(y, weight, bias).float()
         if cap:
             z = z.div_(cap).tanh_()
@@ -781,9 +807,10 @@ def fail(message):
 
 def pick_device(name=''):
     """The torch.device named, else the machine's accelerator, else its CPU."""
+    if not name:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     try:
-        best = torch.accelerator.current_accelerator(check_available=True)
-        return torch.empty(1, device=name or best or 'cpu').device
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f'--device {name} is not available; leave it out to use what there is')
 
@@ -797,6 +824,7 @@ def autocast(device):
 
 def generator(device, *key):
     """A random generator seeded by the numbers in `key`: a resumed run needs no saved state."""
+    # 63 bits are what torch takes
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator(device).manual_seed(int(seed))
 
@@ -806,7 +834,7 @@ def write_rows(model, given, nfe, seed, **how):
     """model.sample for given (B, L), at most 256 rows at a time: rows on the CPU, and seconds."""
     device = next(model.parameters()).device
     rng = generator(device, seed, 2)
-    # so that (rows, L, V) stays below 4 GB
+    # so that (rows, L, V) stays below 4 GB; 2 keeps this noise apart from training's
     rows_at_once = max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))
     rows = []
     start = time.perf_counter()
@@ -818,6 +846,12 @@ def write_rows(model, given, nfe, seed, **how):
 
 # -----------------------------------------------------------------------------
 # Checkpoints: tensors and plain values only
+
+def checkpoint_path(path):
+    """The .pt file that a checkpoint's name, a file or a folder, stands for."""
+    path = Path(path)
+    return path if path.suffix == '.pt' else path / 'model.pt'
+
 
 def save(path, model, ema, optimisers=(), **more):
     """Write a checkpoint file, whole or not at all; `more` holds tensors and plain values."""
@@ -843,14 +877,13 @@ def save(path, model, ema, optimisers=(), **more):
         fail(f'{path}: cannot be written ({getattr(e, "strerror", None) or e}); make room, or name '
              'another folder')
     finally:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            temporary.unlink()
 
 
 def load(path, device='cpu'):
     """A model.pt, or the folder of one -> (averaged model in eval mode, checkpoint dict)."""
-    path = Path(path)
-    if path.suffix != '.pt':
-        path = path / 'model.pt'
+    path = checkpoint_path(path)
     # os.path.isfile is False where Path's own would raise, as of names that are too long
     if not os.path.isfile(path):
         fail(f'{path}: no such checkpoint; make one: python train_teacher.py')
@@ -871,12 +904,6 @@ def load(path, device='cpu'):
     except Exception as e:
         fail(f'{path}: weights and config do not fit ({type(e).__name__}); make it anew')
     return model.to(device).eval(), ckpt
-
-
-def checkpoint_path(path):
-    """The .pt file that a checkpoint's name, a file or a folder, stands for."""
-    path = Path(path)
-    return path if path.suffix == '.pt' else path / 'model.pt'
 
 
 def newest_checkpoint(pattern):

@@ -1,450 +1,4879 @@
-"""Everything that can silently go wrong, on a CPU in minutes, without data or network."""
-import io
+"""Everything that can silently go wrong, on a CPU: each docstring names the bug that it catches."""
+import ast
+import contextlib
+import gzip
+import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
-import runpy
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 import zipfile
-from dataclasses import fields, replace
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
-from unittest import mock
 
-import datasets
 import numpy as np
 import pytest
 import sacrebleu
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import distill
+import model as models
 import prepare_data
 import sample
 import train_teacher
-from model import (Config, ancestral, bridge, build, ddim, encoding, interpolate, jump, load,
-                   noise_level, time_axis, write_dataset, write_rows)
+from model import Config
 
-HERE, DOUBLE = Path(__file__).parent, torch.float64
-README = (HERE / 'README.md').read_text(encoding='utf-8')
-def tiny(vocab=12, length=6, seed=0, **more):       # a small model; its head is not zero any more
+CPU = torch.device('cpu')
+
+# models of tests are tiny: a second thread would only wait for the first
+torch.set_num_threads(1)
+
+
+# =============================================================================
+# prepare_data.py
+
+def prepare(capsys, *words):
+    """Run `python prepare_data.py words` here: (exit status, what it printed, its errors)."""
+    status = 0
+    try:
+        prepare_data.main([str(word) for word in words])
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def prepared(capsys, path, name, *words):
+    """Prepare one file into path's folder: (meta, train ids, val ids, encoding)."""
+    root = path.parent / 'prepared'
+    status, _, err = prepare(capsys, name, '--input', path, '--data', root, *words)
+    assert status == 0, err
+    meta, train, val = prepare_data.load_dataset(root / name)
+    return meta, train, val, prepare_data.make_encoding(meta['tokenizer'])
+
+
+def prepare_refused(capsys, *words):
+    """The one line on stderr with which a command is refused; nothing else is printed."""
+    status, out, err = prepare(capsys, *words)
+    assert status == 2
+    assert err.count('\n') == 1
+    assert err.endswith('\n')
+    assert out == ''
+    return err
+
+
+def write_jsonl(path, records):
+    path.write_text('\n'.join(json.dumps(record) for record in records), encoding='utf-8')
+    return path
+
+
+def texts_of(ids, meta):
+    """The texts of prepared rows, sources and targets alike."""
+    texts = prepare_data.to_texts(prepare_data.as_rows(ids, meta['length']), meta)
+    return [text for pair in texts for text in pair if text]
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+
+def test_a_stream_decodes_to_its_text(tmp_path, capsys):
+    """Lost or doubled characters where bytes, accents or line ends are awkward."""
+    text = 'The cat sat on the mat. The dog sat on the \u00e9\u4e16.\r\n' * 100
+    path = tmp_path / 'a.txt'
+    path.write_bytes(text.encode())
+
+    meta, train, val, encoding = prepared(
+        capsys, path, 'toy', '--tokenizer', 'bpe:300', '--length', 8, '--val', 0.2)
+
+    assert encoding.decode([*train, *val]) == text.replace('\r\n', '\n') + '<eos>'
+    assert len(val) == len([*train, *val]) // 5
+    assert meta['vocab'] == encoding.n_vocab <= 300
+    assert meta['kind'] == 'stream'
+
+
+def test_bytes_of_unseen_characters_are_tokens():
+    """A tokenizer that drops what it has not seen in training."""
+    encoding = prepare_data.make_encoding(prepare_data.make_tokenizer('bpe:300', ['aa bb'] * 9))
+
+    ids = prepare_data.encode(encoding, 'Any bytes: \u2603')
+
+    assert prepare_data.decode(encoding, ids) == 'Any bytes: \u2603'
+
+
+def test_bpe_merges_by_frequency():
+    """Merges in another order, so that a tokenizer is not what it was."""
+    spec = prepare_data.make_tokenizer('bpe:300', ['low low low lower lowest'])
+
+    assert spec['tokens'][256:259] == ['lo', 'low', ' low']
+
+
+def test_bpe_has_only_tokens_that_occur():
+    """Vocabulary filled up with pairs that are nowhere in the text any more."""
+    spec = prepare_data.make_tokenizer('bpe:512', ['ab ab'])
+
+    assert sorted(spec['tokens'][256:]) == [' ab', 'ab']
+    assert spec['name'] == 'bpe:262'
+
+
+def test_bpe_learns_from_the_end_of_a_long_word():
+    """Only the first 64 letters of a line without spaces learnt from."""
+    spec = prepare_data.make_tokenizer('bpe:300', ['x' * 128 + 'yz' * 8])
+
+    assert 'yz' in spec['tokens']
+
+
+def test_bpe_learns_from_words_of_any_length(tmp_path, capsys):
+    """Lines without spaces (DNA) skipped in learning: the vocabulary was that of bytes."""
+    rng = random.Random(0)
+    dna = '\n'.join(''.join(rng.choices('ACGT', k=80)) for _ in range(200))
+    path = tmp_path / 'dna.txt'
+    path.write_text(dna)
+
+    status, out, _ = prepare(capsys, 'dna', '--input', path, '--data', tmp_path / 'd',
+                             '--tokenizer', 'bpe:512')
+
+    assert status == 0
+    assert 'bpe:512, 512 tokens' in out
+    assert 'only' not in out
+
+
+@pytest.mark.parametrize('text', ['ab ab ', 'x' * 1000])
+def test_it_is_said_when_a_vocabulary_is_not_reached(tmp_path, capsys, text):
+    """A smaller vocabulary than asked for, without a word."""
+    path = tmp_path / 'a.txt'
+    path.write_text(text * 99)
+
+    _, out, _ = prepare(capsys, 'a', '--input', path, '--data', tmp_path / 'd',
+                        '--tokenizer', 'bpe:512', '--length', 4)
+
+    assert 'bpe:512: only 2' in out
+
+
+def test_bert_knows_lower_case_pieces(tmp_path):
+    """BERT's pieces taken in the wrong order, or accents kept."""
+    vocab = tmp_path / 'vocab.txt'
+    vocab.write_text('[UNK]\nthe\ncat\nun\n##able\n.')
+    encoding = prepare_data.make_encoding(prepare_data.make_tokenizer(f'bert:{vocab}', []))
+
+    ids = prepare_data.encode(encoding, 'The unable C\u00e1t.')
+
+    assert ids == [1, 3, 4, 2, 5]
+    assert prepare_data.decode(encoding, ids) == 'the unable cat .'
+
+
+# -----------------------------------------------------------------------------
+# Dates and stories
+
+
+def test_dates_are_complete_and_different():
+    """A day or a form that is missing or there twice."""
+    pairs = prepare_data.dates()
+
+    assert len(pairs) == 73049 * 8
+    assert len(set(pairs)) == len(pairs)
+    assert pairs[0] == ('1900-01-01', 'January 1, 1900')
+    assert pairs[-1] == ('2099-12-31', 'December the 31st, 2099')
+    assert prepare_data.date_forms('2001-02-29') == ()
+
+
+def test_dates_tokenizer_has_its_size_and_rows_their_length():
+    """A row that is cut, or a vocabulary that differs from the shipped models'."""
+    pairs = prepare_data.dates()[::97]
+    spec = prepare_data.make_tokenizer('dates', [text for pair in pairs for text in pair])
+    encoding = prepare_data.make_encoding(spec)
+
+    ids, too_long = prepare_data.pack_rows(encoding, pairs, 23)
+
+    assert encoding.n_vocab == 48
+    assert too_long == 0
+    meta = {'special': {'<eos>': 44, '<pad>': 45, '<sep>': 46, '<bos>': 47}, 'pairs': True,
+            'kind': 'rows', 'tokenizer': spec}
+    assert prepare_data.to_texts(prepare_data.as_rows(ids, 23), meta) == pairs
+    health = prepare_data.health(prepare_data.as_rows(ids, 23), meta)
+    assert health['valid'] == 1
+    assert health['form_entropy'] == pytest.approx(1, abs=1e-3)
+
+
+def draws(n, seed=0):
+    rng = random.Random(seed)
+    return [prepare_data.draw_story(rng) for _ in range(n)]
+
+
+def test_drawn_stories_read_back_as_right():
+    """A text that the law draws and the reader refuses: `valid` would never reach 1."""
+    texts = draws(3000)
+
+    stories = [prepare_data.read_story(text) for text in texts]
+
+    assert all(story and story['right'] for story in stories)
+    assert {story['plot'] for story in stories} == set(prepare_data.PLOTS)
+    assert {story['number'] for story in stories} == set(range(1, 13))
+    assert all(prepare_data.story_probability(text) > 0 for text in texts)
+
+
+STORIES = [
+    'Nora has four old books. She gives one to Ben. Now she has three books.',
+    'Tom has three coins in the boat. He finds five more. Now he has eight coins.',
+    'Sam and Ben have three cakes each. Together they have six cakes. Sam is happy.',
+    'There are eight big boxes in the drawer. Paul takes seven for Anna. One box is left.',
+]
+
+
+def test_slots_of_known_stories():
+    """Slots in each other's place: figures of names would be those of things."""
+    first, _, third, last = [prepare_data.read_story(text) for text in STORIES]
+
+    assert (first['name'], first['other'], first['thing']) == ('Nora', 'Ben', 'book')
+    assert (first['number'], first['change'], first['result']) == (4, 1, 3)
+    assert (third['number'], third['result'], third['happy']) == (3, 6, 'Sam')
+    assert (last['plot'], last['name'], last['thing'], last['result']) == ('take', 'Paul', 'box', 1)
+
+
+@pytest.mark.parametrize('text, old, new', [
+    (STORIES[0], 'She', 'He'),                      # pronoun
+    (STORIES[0], 'she', 'he'),
+    (STORIES[0], 'Ben', 'Nora'),                    # two names that are one
+    (STORIES[0], 'three books', 'three book'),      # plurals
+    (STORIES[0], 'three books', 'three coins'),     # another thing
+    (STORIES[0], 'old', 'purple'),                  # no word of the grammar
+    (STORIES[0], '.', ''),
+    (STORIES[1], 'Tom', 'Tim'),
+    (STORIES[1], 'eight', 'thirteen'),
+    (STORIES[2], 'Sam is', 'Tom is'),               # who is that?
+    (STORIES[2], 'Ben', 'Sam'),
+    (STORIES[3], 'box is', 'box are'),              # verbs
+    (STORIES[3], 'There are', 'There is'),
+    (STORIES[3], 'One', 'one'),
+])
+def test_what_does_not_agree_is_not_well_formed(text, old, new):
+    """A reader that takes broken grammar for good: `well_formed` would flatter a model."""
+    assert prepare_data.read_story(text)['right']
+
+    assert prepare_data.read_story(text.replace(old, new)) is None
+
+
+@pytest.mark.parametrize('text, old, new', [
+    (STORIES[0], 'three', 'two'),
+    (STORIES[1], 'eight', 'nine'),
+    (STORIES[2], 'six', 'five'),
+    (STORIES[3], 'seven', 'six'),
+])
+def test_a_wrong_sum_is_well_formed_and_not_right(text, old, new):
+    """A wrong sum that counts as valid."""
+    wrong = text.replace(old, new)
+
+    assert not prepare_data.read_story(wrong)['right']
+    assert prepare_data.story_probability(wrong) == 0
+    assert prepare_data.story_probability(text) > 0
+
+
+def every_story():
+    """All texts of the grammar, by its slots and not by the law's own code."""
+    names = prepare_data.CHOICES['name']
+    for plot in prepare_data.PLOTS:
+        for number, change in itertools.product(range(1, 13), repeat=2):
+            result = number + change if plot in ('find', 'share') else number - change
+            if not 1 <= result <= 12 or (plot == 'share' and number != change):
+                continue
+            slots = itertools.product(*prepare_data.CHOICES.values(), names, names)
+            for values in slots:
+                story = dict(zip([*prepare_data.CHOICES, 'other', 'happy'], values))
+                story.update(plot=plot, number=number, change=change, result=result)
+                if story['name'] != story['other'] and story['happy'] in values[-2:] + values[:1]:
+                    yield prepare_data.write_story(story)
+
+
+def test_the_law_sums_to_one(monkeypatch):
+    """Probabilities that are off by a factor: every distance to the law would be wrong."""
+    few = {'name': ['Nora', 'Ben', 'Tom'], 'thing': ['box'], 'adjective': ['old', 'red'],
+           'quality': ['old'], 'place': ['bag', 'shed']}
+    monkeypatch.setattr(prepare_data, 'CHOICES', few)
+    texts = {text for text in every_story() if prepare_data.read_story(text)}
+    probabilities = [prepare_data.story_probability(text) for text in texts]
+
+    assert sum(probabilities) == pytest.approx(1, abs=1e-12)
+    # what is drawn is as frequent as the law says, here the plot with the fewest texts
+    drawn = draws(20_000)
+    text = 'Nora and Ben have three boxes each. Together they have six boxes. Ben is happy.'
+    expected = prepare_data.story_probability(text)
+    assert expected == pytest.approx(1 / 4 / 6 / (3 * 2) / 2)
+    assert drawn.count(text) / 20_000 == pytest.approx(expected, rel=0.25)
+    # and those seen in training, by brute force
+    seen = sum(p * (1 - (1 - p) ** 500) for p in probabilities)
+    assert prepare_data.expected_seen(500) == pytest.approx(seen, rel=1e-9)
+
+
+def test_size_of_the_law():
+    """A slot that has lost its words."""
+    texts = sum(prepare_data.story_ways(plot) * len(prepare_data.number_law(plot))
+                for plot in prepare_data.PLOTS)
+
+    assert texts == 7_903_872
+    assert prepare_data.expected_seen(0) == 0
+    assert 0.25 < prepare_data.expected_seen(135_000) < 0.30
+
+
+def test_figures_of_the_law_of_collapse_and_of_noise():
+    """Figures that do not tell a good model from one that writes one text, or none."""
+    law = prepare_data.story_figures(draws(4000))
+    collapsed = prepare_data.story_figures(STORIES[:1] * 100)
+    noise = prepare_data.story_figures(['Nora has has.'] * 10)
+
+    assert law['well_formed'] == law['valid'] == 1
+    assert law['slot_entropy'] == pytest.approx(1, abs=0.01)
+    assert law['slot_divergence'] < 0.005
+    assert collapsed['valid'] == 1
+    assert collapsed['slot_entropy'] == 0
+    assert collapsed['slot_divergence'] > 0.5
+    assert collapsed['unique'] == 0.01
+    assert noise['valid'] == noise['slot_entropy'] == 0
+    assert noise['slot_divergence'] == math.log(2)
+
+
+def test_stories_encode_word_by_word(capsys):
+    """A trailing or doubled space in a prompt as a token that no text has."""
+    encoding = prepare_data.make_encoding(prepare_data.make_tokenizer('stories', draws(3000)))
+
+    ids = prepare_data.encode(encoding, STORIES[3])
+
+    assert encoding.n_vocab == 109
+    assert len(ids) + 1 == 21
+    assert prepare_data.decode(encoding, ids) == STORIES[3]
+    assert ids == encoding.encode_ordinary(' ' + STORIES[3])
+    for spaced in ('Nora has ', ' Nora  has'):
+        assert prepare_data.encode(encoding, spaced) == prepare_data.encode(encoding, 'Nora has')
+    for prompt in ('Nora has seventeen', 'Nora has 4'):
+        with pytest.raises(SystemExit):
+            prepare_data.encode(encoding, prompt)
+        assert repr(prompt.split()[-1]) in capsys.readouterr().err
+
+
+def test_stories_are_the_default_and_no_text_is_in_both_splits(tmp_path, monkeypatch, capsys):
+    """Texts held out that were trained on; another law than the one that figures compare with."""
+    monkeypatch.chdir(tmp_path)
+    few = draws(3000)
+    monkeypatch.setattr(prepare_data, 'stories', lambda: few)
+
+    status, out, _ = prepare(capsys)
+    meta, train, val = prepare_data.load_dataset('data/stories')
+
+    assert status == 0
+    assert out.splitlines()[-1] == 'next: python train_teacher.py'
+    assert set(texts_of(train, meta)).isdisjoint(texts_of(val, meta))
+    assert sorted(texts_of(train, meta) + texts_of(val, meta)) == sorted(few)
+    assert len(val) == pytest.approx(0.1 * (len(train) + len(val)), rel=0.1)
+    figures = prepare_data.health(prepare_data.as_rows(train, 21), meta)
+    assert set(figures) == {'well_formed', 'valid', 'slot_entropy', 'unique'}
+    assert figures['valid'] == 1
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+LINES = [f'Line number {i} of this text.' for i in range(60)]
+TEXT = '\n'.join(LINES)
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.TXT', 'a.md', 'a.tokens', 'a.smi', 'a', 'a.tsv',
+                                  'news.en-00001-of-00100', 'a.txt.gz', 'a.GZ', 'a[1]*.txt',
+                                  'a b?.txt', '\u4e16 \u00e9.txt', "it's.txt"])
+def test_what_is_utf8_text_is_text_by_whatever_name(tmp_path, capsys, name):
+    """Extensions and characters of a name that a library takes for rules or patterns."""
+    path = tmp_path / name
+    data = TEXT.encode()
+    path.write_bytes(gzip.compress(data) if name.lower().endswith('.gz') else data)
+    # a name that is a pattern must not find its neighbour
+    (tmp_path / 'a1x.txt').write_text('not this one')
+
+    meta, train, val, encoding = prepared(capsys, path, 'x', '--tokenizer', 'byte')
+
+    assert encoding.decode([*train, *val]) == TEXT + '<eos>'
+    assert meta['source'] == name
+
+
+def test_byte_order_mark_is_dropped(tmp_path, capsys):
+    """An invisible character at the start of the first text, or of the first JSON record."""
+    path = tmp_path / 'a.txt'
+    path.write_bytes(b'\xef\xbb\xbf' + TEXT.encode())
+    records = tmp_path / 'b.jsonl'
+    records.write_bytes(b'\xef\xbb\xbf' + json.dumps({'text': TEXT}).encode())
+
+    for source in (path, records):
+        _, train, val, encoding = prepared(capsys, source, 'x', '--tokenizer', 'byte')
+        assert encoding.decode([*train, *val]) == TEXT + '<eos>'
+
+
+def test_several_files_and_a_folder_are_one_text(tmp_path, capsys):
+    """Shards of which only the first is read."""
+    shards = tmp_path / 'shards'
+    shards.mkdir()
+    (shards / 'a').write_text('First. ' * 50)
+    (shards / 'b.txt').write_text('Second. ' * 50 + '<|endoftext|>Third. ')
+
+    _, train, val, encoding = prepared(capsys, shards, 'x', '--tokenizer', 'byte')
+    text = encoding.decode([*train, *val])
+
+    assert text == 'First. ' * 50 + '<eos>' + 'Second. ' * 50 + '<eos>Third. <eos>'
+
+
+@pytest.mark.parametrize('columns', prepare_data.PAIRS)
+def test_pairs_by_the_names_of_their_columns(tmp_path, capsys, columns):
+    """Source and text exchanged, or a text of a pair in both splits."""
+    records = []
+    for i in range(50):
+        # two sources have the same text
+        values = (f'what is {i}', f'tell me {i // 2}')
+        records.append({**dict(zip(columns, values)), 'unused': [] if i % 2 else [{'i': 1}]})
+    path = write_jsonl(tmp_path / 'b.jsonl', records)
+
+    meta, train, val, _ = prepared(capsys, path, 'x', '--tokenizer', 'byte', '--length', 24)
+    pairs = {}
+    for part, ids in (('train', train), ('val', val)):
+        pairs[part] = prepare_data.to_texts(prepare_data.as_rows(ids, 24), meta)
+
+    assert meta['pairs']
+    assert len(pairs['val']) == 5
+    for source, target in pairs['train'] + pairs['val']:
+        assert target == f'tell me {int(source[8:]) // 2}'
+    assert set(texts_of(train, meta)).isdisjoint(texts_of(val, meta))
+
+
+def test_tsv_of_two_columns_is_pairs(tmp_path, capsys):
+    """A header taken for a pair, or lines taken for prose."""
+    path = tmp_path / 'a.tsv'
+    path.write_text('src\ttrg\n' + '\n'.join(f'{i}\t{i + 1}' for i in range(40)) + '\n')
+
+    meta, train, val, _ = prepared(capsys, path, 'x', '--tokenizer', 'byte', '--length', 8)
+    pairs = prepare_data.to_texts(prepare_data.as_rows(np.concatenate([train, val]), 8), meta)
+
+    assert {int(target) - int(source) for source, target in pairs} == {1}
+
+
+def test_parquet_reads_only_the_needed_columns(tmp_path, capsys):
+    """LM1B's words not put together again; a column that nobody needs in the way."""
+    pyarrow = pytest.importorskip('pyarrow')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    texts = ['He said , " it \'s $ 5 ( not 6 ) . "'] * 50
+    path = tmp_path / 'c.parquet'
+    parquet.write_table(pyarrow.table({'text': texts, 'n': list(range(50))}), path)
+
+    _, train, val, encoding = prepared(capsys, path, 'lm1b', '--tokenizer', 'byte', '--length', 16)
+
+    assert encoding.decode([*train, *val]) == 'He said, "it\'s $5 (not 6)."<eos>' * 50
+    assert len(val) == len(train) // 9
+
+
+def test_lm1b_has_a_document_in_each_line(tmp_path, capsys):
+    """The benchmark's own shards, which have no extension, as one long document."""
+    path = tmp_path / 'news.en-00001-of-00100'
+    path.write_text('It \'s here .\n\nAnd there .\n' * 40)
+
+    meta, train, val, encoding = prepared(
+        capsys, path, 'lm1b', '--tokenizer', 'bpe:512', '--length', 32)
+
+    assert encoding.decode([*train, *val]) == "It's here.<eos>And there.<eos>" * 40
+    assert (meta['kind'], meta['length']) == ('stream', 32)
+
+
+@pytest.mark.parametrize('documents, held', [(0, 50), (3, 30), (9, 50)])
+def test_the_end_of_a_stream_is_held_out(documents, held):
+    """The papers' test documents in training, or more held out than asked for."""
+    ids = np.arange(100)
+    sizes = np.full(10, 10)
+
+    train, val = prepare_data.split_stream(ids, sizes, 0.5, documents)
+
+    assert val.tolist() == list(range(100 - held, 100))
+    assert train.tolist() == list(range(100 - held))
+
+
+def test_rows_of_own_lines_and_what_is_left_out(tmp_path, capsys):
+    """Lines dropped without a word, or names that flow into each other."""
+    names = [f'name{i}' for i in range(60)]
+    path = tmp_path / 'names.txt'
+    path.write_text('\n'.join([*names, '', '  ', 'name7', 'n' * 99]) + '\n')
+
+    status, out, _ = prepare(capsys, 'names', '--input', path, '--data', tmp_path / 'd', '--rows',
+                             '--tokenizer', 'byte', '--length', 8)
+    meta, train, val = prepare_data.load_dataset(tmp_path / 'd/names')
+
+    assert status == 0
+    assert 'left out: 2 empty, 1 duplicate, 1 too long for a row of 8 tokens\n' in out
+    assert sorted(texts_of(train, meta) + texts_of(val, meta)) == sorted(names)
+    assert (meta['kind'], meta['pairs']) == ('rows', False)
+
+
+def test_rows_of_json_records_keep_their_lines(tmp_path, capsys):
+    """A verse of two lines cut into two rows."""
+    verses = [f'One {i},\ntwo.' for i in range(40)]
+    path = write_jsonl(tmp_path / 'v.jsonl', [{'text': verse} for verse in verses])
+
+    meta, train, val, _ = prepared(capsys, path, 'v', '--rows', '--tokenizer', 'byte')
+
+    assert sorted(texts_of(train, meta) + texts_of(val, meta)) == sorted(verses)
+
+
+def test_pairs_left_out_are_counted(tmp_path, capsys):
+    """Pairs that are empty, double, or labelled as different, dropped without a word."""
+    records = [{'question1': f'q{i}', 'question2': f'r{i}', 'label': 1} for i in range(40)]
+    records += [records[0], {'question1': 'a', 'question2': None, 'label': 1},
+                {'question1': 'a', 'question2': 'b', 'label': 0}]
+    path = write_jsonl(tmp_path / 'q.jsonl', records)
+
+    _, out, _ = prepare(capsys, 'q', '--input', path, '--data', tmp_path / 'd', '--length', 8,
+                        '--tokenizer', 'byte')
+
+    assert 'left out: 1 labelled as different, 1 empty, 1 duplicate\n' in out
+
+
+def test_a_table_of_the_hub_is_the_same_stream_as_a_file(tmp_path, monkeypatch, capsys):
+    """Documents of a table lost, doubled or in another order; the wrong end held out."""
+    datasets = pytest.importorskip('datasets')
+    texts = [f'Text {i} , of the hub .' for i in range(60)] + ['', None]
+    table = datasets.Dataset.from_dict({'text': texts, 'id': list(range(62))})
+    monkeypatch.setattr(datasets, 'load_dataset', lambda **how: table)
+    monkeypatch.setattr(prepare_data.logging, 'disable', lambda: None)
+    path = tmp_path / 'a.txt'
+    path.write_text('\n'.join(texts[:60]))
+
+    status, out, err = prepare(capsys, 'lm1b', '--data', tmp_path / 'hub', '--tokenizer', 'byte',
+                               '--length', 16)
+    _, hub_train, hub_val = prepare_data.load_dataset(tmp_path / 'hub/lm1b')
+    _, train, val, _ = prepared(capsys, path, 'lm1b', '--tokenizer', 'byte', '--length', 16)
+
+    assert status == 0, err
+    assert 'left out: 2 empty\n' in out
+    assert hub_train.tolist() == train.tolist()
+    assert hub_val.tolist() == val.tolist()
+
+
+def test_pairs_of_the_hub_are_those_that_ask_the_same(tmp_path, monkeypatch, capsys):
+    """Different questions learnt as paraphrases."""
+    datasets = pytest.importorskip('datasets')
+    records = [{'question1': f'q{i}', 'question2': f'r{i}', 'label': i % 2} for i in range(60)]
+    table = datasets.Dataset.from_list(records)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda **how: table)
+    monkeypatch.setattr(prepare_data.logging, 'disable', lambda: None)
+
+    status, _, err = prepare(capsys, 'qqp', '--data', tmp_path, '--tokenizer', 'byte',
+                             '--length', 8)
+    meta, train, val = prepare_data.load_dataset(tmp_path / 'qqp')
+
+    assert status == 0, err
+    numbers = {int(text[1:]) for text in texts_of(train, meta) + texts_of(val, meta)}
+    assert numbers == set(range(1, 60, 2))
+
+
+@pytest.mark.parametrize('error, said', [
+    (ConnectionError('no'), 'cannot be had from the hub (ConnectionError)'),
+    (OSError(28, 'No space left'), 'make room'),
+])
+def test_failures_of_the_hub_are_told_apart(tmp_path, monkeypatch, capsys, error, said):
+    """A full disk reported as a network that is down."""
+    datasets = pytest.importorskip('datasets')
+
+    def fails(**how):
+        raise error
+
+    monkeypatch.setattr(datasets, 'load_dataset', fails)
+    monkeypatch.setattr(prepare_data.logging, 'disable', lambda: None)
+
+    assert said in prepare_refused(capsys, 'owt', '--data', tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Messages
+
+UTF16 = TEXT.encode('utf-16')
+BAD_FILES = [
+    ('a.txt', b'', 'holds no text'),
+    ('a.txt', b' \n\n ', 'holds no text'),
+    ('a.txt', b'<|endoftext|>\n', 'holds no text'),
+    ('a.jsonl', b'{"text": null}', 'holds no text'),
+    ('a.txt', b'one\ntwo \xff\n', 'line 2: not UTF-8'),
+    ('a.txt', UTF16, 'line 1: not UTF-8'),
+    ('a.jsonl', b'{"text": "\xe9"}', 'line 1: not UTF-8'),
+    ('a.txt', b'one\n\0two', 'line 2: has a NUL'),
+    ('a.jsonl', b'{"text": "a\\u0000"}', 'line 1: "text" has a NUL'),
+    ('a.jsonl', b'{"text": "a\\ud83d"}', 'half of a surrogate pair'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": ', 'line 2: not JSON'),
+    ('a.json', b'[' * 10 ** 5, 'line 1: not JSON'),
+    ('a.jsonl', b'["text"]', 'line 1: not a record'),
+    ('a.jsonl', b'{"txt": "a", "id": 1}', 'has the columns txt, id; needs "text"'),
+    ('a.jsonl', b'{"text": "a"}\n{"id": 1}', 'line 2: has the columns id; needs "text"'),
+    ('a.jsonl', b'{"text": 5}', 'of the type int'),
+    ('a.tsv', b'a\tb\nc\n', 'line 2: columns: 1'),
+    ('a.tsv', b'a\tb\tc\nd\te\tf\n', 'line 1: columns: 3'),
+    ('a.txt.gz', b'no gzip', 'not a whole .gz'),
+    ('a.txt.gz', gzip.compress(UTF16)[:40], 'not a whole .gz'),
+    ('a.parquet', b'PAR1 no PAR1', 'damaged, or no parquet'),
+    ('a.parquet', b'', 'damaged, or no parquet'),
+    ('a.txt', b'short', 'too little text'),
+]
+
+
+@pytest.mark.parametrize('name, data, said', BAD_FILES)
+def test_causes_of_unreadable_files_are_told_apart(tmp_path, capsys, name, data, said):
+    """One message for every failure of reading, from which nobody learns what to mend."""
+    path = tmp_path / name
+    path.write_bytes(data)
+
+    message = prepare_refused(
+        capsys, 'x', '--input', path, '--data', tmp_path / 'd', '--tokenizer', 'byte')
+
+    assert said in message
+    assert not (tmp_path / 'd').exists()
+
+
+def test_missing_forbidden_and_mixed_files(tmp_path, capsys, monkeypatch):
+    """A file that may not be read, reported as one that is not there."""
+    (tmp_path / 'a.txt').write_text(TEXT)
+    (tmp_path / 'b.jsonl').write_text('{"text": "b"}')
+    (tmp_path / 'empty').mkdir()
+
+    assert 'no such file' in prepare_refused(capsys, 'x', '--input', tmp_path / 'none.txt')
+    assert 'no such file' in prepare_refused(capsys, 'x', '--input', tmp_path / '*.txt')
+    assert 'without files' in prepare_refused(capsys, 'x', '--input', tmp_path / 'empty')
+    mixed = prepare_refused(capsys, 'x', '--input', tmp_path)
+    assert 'mixes text' in mixed and 'jsonl' in mixed
+
+    def forbidden(path):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(Path, 'read_bytes', forbidden)
+    assert 'Permission denied' in prepare_refused(capsys, 'x', '--input', tmp_path / 'a.txt')
+
+
+@pytest.mark.parametrize('words, said', [
+    ('nonsense', 'not one of stories'),
+    ('other --length 32', 'not one of stories'),
+    ('--nonsense 1', 'unrecognized arguments'),
+    ('--tok byte', 'unrecognized arguments'),
+    ('../x --input good.txt', 'must be of letters'),
+    ('.x --input good.txt', 'must be of letters'),
+    ('cache --input good.txt', 'choose another name'),
+    ('Cache --input good.txt', 'choose another name'),
+    ('x --input good.txt --tokenizer words', 'must be gpt2, byte'),
+    ('x --input good.txt --tokenizer bpe:', 'must be gpt2, byte'),
+    ('x --input good.txt --tokenizer bpe:200', 'from 300 to 60000'),
+    ('x --input good.txt --tokenizer bpe:' + '9' * 400, 'from 300 to 60000'),
+    ('x --input good.txt --tokenizer bert:none', 'no such file'),
+    ('stories --tokenizer byte', 'a tokenizer of its own'),
+    ('dates --tokenizer byte', 'a tokenizer of its own'),
+    ('--length x', 'a whole number from 1'),
+    ('--length -1', 'a whole number from 1'),
+    ('--length nan', 'a whole number from 1'),
+    ('--length 3', 'from 4 to 65536'),
+    ('--length 65537', 'from 4 to 65536'),
+    ('--length ' + '9' * 5000, 'a whole number from 1'),
+    ('--val 2', 'a number from 0 to 1'),
+    ('--val nan', 'a number from 0 to 1'),
+    ('--val 0', 'more than 0'),
+    ('--val 1', 'less than 1'),
+    ('pydocs --rows', 'for your own text'),
+    ('lm1b --rows --input good.txt', 'a stream'),
+    ('--input good.txt', 'python prepare_data.py mine --input good.txt'),
+    ('pydocs --input good.txt', 'python prepare_data.py mine --input good.txt'),
+    ('x --input good.txt --data good.txt', 'cannot be written'),
+    ('lm1b --data good.txt', 'the cache cannot be written'),
+    ('x --input good.txt --length 60000', 'too little text'),
+    ('x --input good.txt --rows --length 4', 'longer than a row'),
+])
+def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, words, said):
+    """A traceback, two lines, or a file written for a command that cannot be."""
+    monkeypatch.chdir(tmp_path)
+    Path('good.txt').write_text(TEXT)
+
+    message = prepare_refused(capsys, *words.split())
+
+    assert said in message
+    assert [path.name for path in tmp_path.iterdir()] == ['good.txt']
+
+
+@pytest.mark.parametrize('kind, good, bad', [
+    (prepare_data.count, ['0', '7'], ['-1', '1.5', 'nan', 'inf', '', '1000000001', 'x']),
+    (prepare_data.positive, ['1', '1000000000'], ['0', '-3', 'nan', '2e9']),
+    (prepare_data.share, ['0', '0.5', '1'], ['-0.1', '1.1', 'nan', 'inf', 'x']),
+    (prepare_data.rate, ['0', '1e9', '3e-4'], ['-1', 'nan', 'inf', '1e999', '']),
+])
+def test_numbers_of_options(kind, good, bad):
+    """nan, infinity or a negative number taken for a setting."""
+    for text in good:
+        assert kind(text) == float(text)
+    for text in bad:
+        with pytest.raises(prepare_data.argparse.ArgumentTypeError, match='from|to'):
+            kind(text)
+
+
+def test_a_message_is_one_line_whatever_it_quotes(capsys):
+    """A name with a line end in it that makes two lines of an error."""
+    with pytest.raises(SystemExit) as end:
+        prepare_data.fail('a\nb\r\nc')
+
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(': a b c\n')
+
+
+def test_ctrl_c_in_prepare_is_one_line_and_130(capsys):
+    """A traceback of forty lines for who just wants to stop."""
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run_script(interrupted)
+
+    assert end.value.code == 130
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_help_names_every_option_and_default(capsys):
+    """An option that nobody can find."""
+    with pytest.raises(SystemExit) as end:
+        prepare_data.parse(['-h'])
+    text = ' '.join(capsys.readouterr().out.split())
+
+    assert end.value.code == 0
+    for said in ('--input', '--rows', '--tokenizer', '--length', '--val', '--data', '[stories]',
+                 '[0.1]', '[data]', *prepare_data.HUB):
+        assert said in text
+
+
+# -----------------------------------------------------------------------------
+# Data folders
+
+
+def small_dataset(folder, seed=0):
+    spec = prepare_data.make_tokenizer('byte', [])
+    ids = np.random.default_rng(seed).integers(97, 123, 64)
+    prepare_data.save_dataset(folder, ids, ids[:32], spec, kind='stream', pairs=False, length=8,
+                              source='test')
+
+
+def test_a_data_folder_comes_back_as_it_was_saved(tmp_path):
+    """Keys or ids that are lost between the two scripts."""
+    small_dataset(tmp_path / 'x')
+
+    meta, train, val = prepare_data.load_dataset(tmp_path / 'x')
+
+    assert list(meta) == ['format', 'name', 'vocab', 'kind', 'pairs', 'length', 'source', 'special',
+                          'train_tokens', 'val_tokens', 'tokenizer', 'crc']
+    assert meta['special'] == {'<eos>': 256, '<pad>': 257, '<sep>': 258, '<bos>': 259}
+    assert (meta['name'], meta['vocab']) == ('x', 260)
+    assert train.dtype == np.uint16
+    assert (len(train), len(val)) == (64, 32)
+    assert sorted(path.name for path in (tmp_path / 'x').iterdir()) == ['meta.json', 'train.bin',
+                                                                        'val.bin']
+
+
+def test_damage_is_noticed(tmp_path, capsys):
+    """A bit that has flipped, or a file cut short, trained on in silence."""
+    rng = random.Random(0)
+    for i in range(30):
+        small_dataset(tmp_path / 'x')
+        path = tmp_path / 'x' / ['meta.json', 'train.bin', 'val.bin'][i % 3]
+        whole = path.read_bytes()
+        at = rng.randrange(len(whole))
+        flipped = whole[:at] + bytes([whole[at] ^ 1 << i % 8]) + whole[at + 1:]
+        path.write_bytes([whole[:at], flipped][i // 3 % 2])
+
+        with pytest.raises(SystemExit) as end:
+            prepare_data.load_dataset(tmp_path / 'x')
+
+        assert end.value.code == 2
+        assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_missing_damaged_and_other_versions_are_told_apart(tmp_path, monkeypatch, capsys):
+    """One message for three causes, or advice that does not run."""
+    monkeypatch.chdir(tmp_path)
+    Path('lm.txt').write_text('text')
+
+    def message(folder):
+        with pytest.raises(SystemExit):
+            prepare_data.load_dataset(folder)
+        return capsys.readouterr().err.strip()
+
+    assert message('data/lm1b').endswith('holds no prepared data; run: python prepare_data.py lm1b')
+    assert message('d x/lm1b').endswith("run: python prepare_data.py lm1b --data 'd x'")
+    assert message('data/mine').endswith('run: python prepare_data.py -h')
+    assert message('lm.txt').endswith('run: python prepare_data.py mine --input lm.txt')
+    small_dataset('data/x')
+    meta = json.loads(Path('data/x/meta.json').read_bytes())
+    Path('data/x/meta.json').write_text(json.dumps({**meta, 'format': 9}))
+    assert 'another version (format 9, here 1)' in message('data/x')
+    Path('data/x/meta.json').write_text('[]')
+    assert 'is damaged' in message('data/x')
+
+
+def test_newest_is_what_was_prepared_last(tmp_path, monkeypatch, capsys):
+    """Training on what was prepared first, in silence."""
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit):
+        prepare_data.newest_dataset()
+    assert 'first run: python prepare_data.py stories' in capsys.readouterr().err
+
+    for i, name in enumerate(['b', 'c', 'a', 'b']):
+        small_dataset(Path('data') / name)
+        time = 10 ** 9 + i
+        prepare_data.os.utime(f'data/{name}/meta.json', (time, time))
+        assert prepare_data.newest_dataset() == Path('data') / name
+    # a folder without meta.json is no data
+    (tmp_path / 'data/cache').mkdir()
+    assert prepare_data.newest_dataset('data').name == 'b'
+
+
+def test_what_is_replaced_is_said(tmp_path, monkeypatch, capsys):
+    """Data of another text gone without a word."""
+    monkeypatch.chdir(tmp_path)
+    Path('a.txt').write_text(TEXT)
+    command = ('x', '--input', 'a.txt', '--tokenizer', 'byte')
+
+    _, first, _ = prepare(capsys, *command)
+    _, second, _ = prepare(capsys, *command)
+
+    assert 'replaced' not in first
+    assert 'data/x is replaced; it held ' in second
+    assert 'from a.txt' in second
+
+
+@pytest.mark.parametrize('number, said', [(28, 'make room'), (13, 'may write to'),
+                                          (36, 'another folder')])
+def test_a_full_disk_leaves_what_there_was(tmp_path, monkeypatch, capsys, number, said):
+    """Half a file under the name of a whole one."""
+    path = tmp_path / 'a.bin'
+    prepare_data.write_whole(path, b'old')
+
+    def full(_):
+        raise OSError(number, 'No way')
+
+    monkeypatch.setattr(prepare_data.os, 'fsync', full)
+    with pytest.raises(SystemExit) as end:
+        prepare_data.write_whole(path, b'new')
+
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('a.bin', b'old')]
+
+
+def test_next_commands_parse(tmp_path, monkeypatch, capsys):
+    """Advice that does not run, because a folder's name has a space."""
+    monkeypatch.chdir(tmp_path)
+    Path('a.txt').write_text(TEXT)
+
+    _, out, _ = prepare(capsys, 'x', '--input', 'a.txt', '--tokenizer', 'byte', '--data', 'my data')
+    words = shlex.split(out.splitlines()[-1].removeprefix('next: '))
+
+    assert words == ['python', 'train_teacher.py', '--data', 'my data/x']
+
+
+# -----------------------------------------------------------------------------
+# Rows and their figures
+
+
+def prepare_meta_of(kind, pairs):
+    special = {'<eos>': 256, '<pad>': 257, '<sep>': 258, '<bos>': 259}
+    spec = prepare_data.make_tokenizer('byte', [])
+    return {'special': special, 'kind': kind, 'pairs': pairs, 'tokenizer': spec}
+
+
+def test_rows_are_split_where_they_end():
+    """A source read as text, or a text that goes on behind its end."""
+    a, b, eos, pad, sep = 97, 98, 256, 257, 258
+
+    rows = np.array([[a, b, eos, pad], [a, eos, b, eos], [a, pad, b, b], [a, b, a, b]])
+    assert prepare_data.split_rows(rows, prepare_meta_of('rows', False)) == [
+        ([], [a, b]), ([], [a]), ([], [a]), ([], [a, b, a, b])]
+    rows = np.array([[a, sep, pad, pad, b, eos], [a, a, sep, b, b, b],
+                     [sep, pad, pad, pad, pad, eos]])
+    assert prepare_data.split_rows(rows, prepare_meta_of('rows', True)) == [
+        ([a], [b]), ([a, a], [b, b, b]), ([], [])]
+    rows = np.array([[a, eos, b, eos]])
+    stream = prepare_meta_of('stream', False)
+    assert prepare_data.split_rows(rows, stream) == [([], [a, eos, b, eos])]
+    assert prepare_data.to_texts(rows, prepare_meta_of('stream', False)) == [('', 'a<eos>b<eos>')]
+
+
+def test_as_rows_leaves_what_fills_no_row():
+    """Rows that are shifted against each other."""
+    rows = prepare_data.as_rows(np.arange(11, dtype=np.uint16), 3)
+
+    assert rows.dtype == np.int64
+    assert rows.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+@pytest.mark.parametrize('text', ['one two three. ', '\u05d0\u05d1\u05d2 \u05d3\u05d4. ',
+                                  '\u4e00\u4e8c\u4e09\u3002\u56db\u4e94\u3002'])
+def test_words_of_any_script_are_known(tmp_path, capsys, text):
+    """`words` 0 for all but Latin letters, which switched off the choice of the best weights."""
+    path = tmp_path / 'a.txt'
+    path.write_text(text * 200, encoding='utf-8')
+    meta, train, val, _ = prepared(capsys, path, 'x', '--tokenizer', 'bpe:300')
+    folder = tmp_path / 'prepared/x'
+    rows = prepare_data.as_rows(train, len(train))
+
+    assert prepare_data.health(rows, meta, folder)['words'] == 1
+    assert prepare_data.health(rows, meta)['unique'] == 1
+    assert 'words' not in prepare_data.health(rows, meta, tmp_path / 'gone')
+
+
+def test_words_without_case_or_special_tokens():
+    """<eos> known as the word "eos", or a capital letter as another word."""
+    assert prepare_data.words_of('Stra\u00dfe ONE<eos>2 <pad>') == ['strasse', 'one']
+
+
+@pytest.mark.parametrize('text', ['1 2 3 4 ', '?! ... '])
+def test_a_figure_without_meaning_is_left_out(tmp_path, capsys, text):
+    """`words` of texts that have none."""
+    path = tmp_path / 'a.txt'
+    path.write_text(text * 100)
+    meta, train, val, _ = prepared(capsys, path, 'x', '--tokenizer', 'byte')
+
+    figures = prepare_data.health(prepare_data.as_rows(val, 8), meta, tmp_path / 'prepared/x')
+
+    assert set(figures) == {'entropy', 'unique'}
+    assert prepare_data.entropy_of('aabb') == pytest.approx(math.log(2))
+
+
+def test_the_script_itself_runs(tmp_path):
+    """A script that works only where it is imported."""
+    (tmp_path / 'a.txt').write_text(TEXT)
+    script = Path(prepare_data.__file__)
+
+    done = subprocess.run([sys.executable, script, 'x', '--input', 'a.txt', '--tokenizer', 'byte'],
+                          cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+    assert done.stdout.splitlines()[-1] == 'next: python train_teacher.py'
+
+
+# =============================================================================
+# model.py, train_teacher.py, distill.py
+
+DOUBLE = torch.float64
+
+# sums in the same order on every machine; and so small a network gains nothing by more
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_every_time():
+    """Every test begins with the same seed; scripts take over Ctrl-C, which is given back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.manual_seed(0)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def tiny(vocab=12, length=6, seed=0, **more):
+    """A small model in eval mode, with weights that are zero nowhere, not even in its head."""
     torch.manual_seed(seed)
-    model = build(Config(vocab, length, layers=2, heads=2, width=32, cond=16, **more))
-    for p in model.parameters():
+    shape = dict(layers=2, heads=2, width=32, channels=32, cond=16)
+    net = models.build(Config(vocab, length, **{**shape, **more}))
+    for p in net.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
-    return model.eval()
-def run(script, **options):
-    script.main(script.Options(**options))
+    return net.eval()
 
-@pytest.mark.parametrize('K, spots', [(27, (.106, .669, .823)), (65, (.179, .702, .832)),
-                                      (4096, (.547, .784, .859)), (50257, (.646, .809, .870))])
-def test_spot_values_of_the_papers_time_axis_and_schedule(K, spots):
-    ts, taus = time_axis(K)
+
+def nothing_given(B, L=6):
+    return torch.full((B, L), -1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def options(script, *words, kind='flm', device='cpu'):
+    """Options of a command line, with what the preset says."""
+    o = script.parse([str(word) for word in words])
+    train_teacher.apply_preset(o, torch.device(device), script.PRESETS, kind)
+    return o
+
+
+# -----------------------------------------------------------------------------
+# Time axes and schedules
+
+
+@pytest.mark.parametrize('K, spots', [
+    (27, (.106, .669, .823)),
+    (65, (.179, .702, .832)),
+    (4096, (.547, .784, .859)),
+    (50257, (.646, .809, .870)),
+])
+def test_spot_values_of_the_papers_time_axis(K, spots):
+    """Another time axis than the paper's, on which nothing fails and all is a little worse."""
+    ts, taus = models.time_axis(K)
+
     for tau, t in zip((.01, .5, .99), spots):
-        assert abs(interpolate(torch.tensor(tau, dtype=DOUBLE), taus, ts).item() - t) < 1e-3
-    for i, ratio in (0, .122), (100, .527), (500, .99), (1000, 1.54), (1490, 2.5), (1999, 2225):
-        a, s = noise_level(torch.tensor(1 - (i + 1) / 2000, dtype=DOUBLE))
-        assert abs(s / a - ratio) < 0.005 * ratio
+        found = models.interpolate(torch.tensor(tau, dtype=DOUBLE), taus, ts).item()
+        assert abs(found - t) < 1e-3
 
-def test_dense_equals_projected_on_the_same_noise():
-    model, t = tiny(vocab=80), 0.3          # V > D: noise goes through the Cholesky factor
-    E, B, L = model.net.embed.detach(), 3, 6
-    covariance, want = torch.cov(model.begin(torch.full((2000, 6), -1)).flatten(0, 1).T), E.T @ E
-    assert (covariance - want).abs().max() < 0.08 * want.diagonal().max()
-    eps, onehot = torch.randn(B, L, 80), torch.eye(80)[tokens := torch.randint(80, (B, L))]
-    z = torch.linalg.solve(model.noise_factor(99).T, (eps @ E).transpose(1, 2)).transpose(1, 2)
-    projected = jump(z @ model.noise_factor(99), E[tokens], torch.tensor(0.), torch.tensor(t))
-    assert torch.allclose((x := (1 - t) * eps + t * onehot) @ E, projected, atol=1e-4)
-    p, s, u = torch.rand(B, L, 80).softmax(-1), torch.tensor(t), torch.tensor(.6)   # Euler, too
-    assert torch.allclose(jump(x, p, s, u) @ E, jump(projected, p @ E, s, u), atol=1e-4)
 
-# ---- Flow map, on a flow whose denoiser is known: one position, K tokens of prior pi ----
-def exact_denoiser(x, t):       # D_t(x)_k ~ pi_k exp(t x_k / (1-t)^2): Bayes, x = (1-t) eps + t e_k
-    return (torch.tensor([.5, .3, .2], dtype=DOUBLE).log() + t * x / (1 - t) ** 2).softmax(-1)
-def exact_map(x, s, t, calls=4000):     # X_{s,t}(x): midpoint method, dx/dr = (D_r(x) - x)/(1-r)
-    for a, b in torch.linspace(s, t, calls + 1, dtype=DOUBLE).unfold(0, 2, 1):
-        y, m = x + (b - a) / 2 * (exact_denoiser(x, a) - x) / (1 - a), (a + b) / 2
-        x = x + (b - a) * (exact_denoiser(y, m) - y) / (1 - m)
-    return x
-def exact_delta(x, s, t):
-    return x + (1 - s) * (exact_map(x, s, t) - x) / (t - s)
-class ExactNet:     # for both networks of a distillation; h is x itself (E = identity), tau is t
-    def __call__(self, h, given, tau, tau_to=None):
-        return torch.stack([exact_denoiser(x, s) if tau_to is None else exact_delta(x, s, r)
-                            for x, s, r in zip(h, tau, tau if tau_to is None else tau_to)]).log()
-    predict = __call__
-    t_of = staticmethod(lambda tau: tau)
-    jump = staticmethod(lambda h, p, given, s, t: jump(h, p, s[:, None, None], t[:, None, None]))
+@pytest.mark.parametrize('i, ratio', [
+    (0, .122), (100, .527), (500, .99), (1000, 1.54), (1490, 2.5), (1999, 2225)])
+def test_spot_values_of_diffuseqs_schedule(i, ratio):
+    """Noise levels of a neighbouring index, or time running the other way."""
+    t = torch.tensor(1 - (i + 1) / 2000, dtype=DOUBLE)
 
-@pytest.mark.parametrize('method, leg, tolerance', [
-    ('semigroup', .5, 1e-6), ('lagrangian', .01, .01), ('eulerian', .01, .01)])
-def test_distillation_targets_are_right_at_the_exact_flow_map(method, leg, tolerance):
-    x = torch.randn(2, 4, 3, dtype=DOUBLE)
-    s, t = torch.tensor([.0, .2], dtype=DOUBLE), torch.tensor([.9, .6], dtype=DOUBLE)
-    target = distill.flow_map_target(ExactNet(), ExactNet(), x, None, s, t, method, leg)
-    want = torch.stack([exact_delta(*args) for args in zip(x, s, t)])
-    assert torch.allclose(target, want, atol=tolerance) and (target.sum(-1) - 1).abs().max() < 1e-9
-    for a, b, steady, n in (s, t, False, 400), (s, t, True, 100), (0 * s, 0 * t + .999, False, 400):
-        want = torch.stack([exact_delta(*args) for args in zip(x, a, b)])
-        rolled = distill.rollout(ExactNet(), ExactNet(), x, None, a, b, n, steady)
-        assert torch.allclose(rolled, want, atol=.01)
+    a, b = models.noise_level(t)
 
-def test_balance_lets_one_call_write_tokens_as_often_as_the_data():
-    model, nothing, meta = tiny(two_time=True), torch.full((2000, 6), -1), dict(length=6, vocab=12)
-    model.net.head.bias.data[3] += 2
-    for power, low, high in (0, .4, 1), (.2, .08, .14):
-        distill.balance(model, distill.count(np.arange(6000) % 10, meta, 1)[0], nothing, power, 8)
-        assert low < (write_rows(model, nothing, 1) == 3).float().mean() < high
+    assert abs(b / a - ratio) < 0.005 * ratio
+    assert abs(a ** 2 + b ** 2 - 1) < 1e-12
 
-def test_a_row_is_read_with_its_neighbours():
-    often, pairs, links = distill.count(np.array([0, 1, 0, 1, 0, 2]), dict(length=3, vocab=8), .5)
-    assert (often[:3] * 6).round().tolist() == [3, 2, 1] and pairs.tolist() == [-1, 1, 2, 8]
-    assert torch.allclose(links, torch.tensor([-5, *map(math.log, (1.5, 3, 3))]) / 2)
-    model, p, given = tiny(8, 4, bigrams=4), torch.rand(1, 4, 8), torch.tensor([[-1, -1, 2, -1]])
-    model.pairs, model.links = pairs, 3 * torch.randn(4)
-    rows = torch.cartesian_prod(*[torch.arange(8)] * 2, torch.tensor([2]), torch.arange(8))
-    at = (pairs == (8 * rows[:, :-1] + rows[:, 1:])[..., None]).int().argmax(-1)    # 0: unseen
-    score = p[0, torch.arange(4), rows].log()[:, [0, 1, 3]].sum(1) + model.links[at].sum(1)
-    assert torch.equal(model.read(p, given)[0], rows[score.argmax()])
 
-def test_bridge_mean_and_variance():
-    s, t, x_s = torch.tensor(.3), torch.tensor(.7), .7 * torch.randn(400_000) + .3      # e = 1
-    x_t, a = bridge(x_s, 1, s, t, torch.randn(400_000)), s / t * ((1 - t) / (1 - s)) ** 2
-    # marginal at t, and the covariance of a path that forgets its noise: Cov(x_s, x_t) = a Var(x_s)
-    assert abs(x_t.mean() - .7) < .005 and abs(x_t.std() - .3) < .005
-    assert abs(((x_t - .7) * (x_s - .3)).mean() - a * .49) < .005
+def test_probability_that_the_argmax_is_right():
+    """A quadrature that is wrong for large vocabularies; the value is a Monte Carlo's."""
+    q = models.right_token_probability(torch.tensor([0.8], dtype=DOUBLE), 30522)
+
+    assert abs(q.item() - 0.4561) < 1e-3
+
+
+def test_axes_of_a_flow():
+    """An axis option that changes nothing, or an axis that does not run from 0 to 1."""
+    flows = {axis: tiny(vocab=200, axis=axis) for axis in ('paper', 'uniform', 'measured')}
+    tau = torch.linspace(0, 1, 9)
+
+    assert torch.allclose(flows['uniform'].t_of(tau), tau, atol=1e-6)
+    assert torch.allclose(flows['paper'].taus, models.time_axis(200)[1].float())
+    seen = models.time_axis(200, (32 / 200) ** 0.5)[1].float()
+    assert torch.allclose(flows['measured'].taus, seen)
+    for flow in flows.values():
+        assert (flow.taus.diff() > 0).all()
+        assert flow.t_of(tau)[0] == 0
+        assert flow.t_of(tau)[-1] == 1
+
 
 def test_measured_axis_lets_tau_rise_as_the_loss_falls():
-    old = (model := tiny()).taus.clone()
-    model.loss = lambda tokens, given, tau, rng: 1 - tau ** 2
-    model.refit(torch.full((2, 6), -1), None, seed=0)
-    assert torch.allclose(model.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
-    assert (model.taus.diff() > 0).all() and model.taus[0] == 0 and model.taus[-1] == 1
+    """A time axis that follows the wrong curve, or ends that wander off."""
+    flow = tiny()
+    old = flow.taus.clone()
+    flow.loss = lambda tokens, given, tau, rng: 1 - tau ** 2
 
-def test_loss_and_its_gradient_against_brute_force(monkeypatch):
-    model = tiny(vocab=5, length=4)
-    tokens, given = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]]), torch.full((2, 4), -1)
-    given[0, :2], tau, rng = tokens[0, :2], torch.tensor([.3, .8]), torch.Generator()
-    h = model.corrupt(tokens, given, tau, rng.manual_seed(0))
-    onehot, dense = torch.eye(5)[tokens], model.predict(h, given, tau).log_softmax(-1)
-    for model.config.squared, brute in ((True, (dense.exp() - onehot).square().sum(-1)),
-                                        (False, -(onehot * dense).sum(-1))):
-        brute = torch.stack([brute[0, 2:].mean(), brute[1].mean()])
-        assert torch.allclose(model.loss(tokens, given, tau, rng.manual_seed(0)), brute, atol=1e-5)
-    monkeypatch.setattr('model.CHUNK', {'cpu': 5 * 3})      # three positions at a time
-    nats = [model.predict(h, given, tau, target=x) for x in (tokens, onehot)]
-    model.net.compile(backend='aot_eager')      # and so does what torch.compile makes of it
-    nats += [model.predict(h, given, tau, target=x) for x in (tokens, onehot)]
-    want, *found = ((x, *torch.autograd.grad(x.mean(), [*model.net.parameters()][1:],
-                                             retain_graph=True)) for x in (brute, *nats))
-    assert all(torch.allclose(a, b, atol=1e-5) for x in found for a, b in zip(want, x))
-    pytest.raises(RuntimeError, nats[0][0].backward)        # all rows count alike, or none
+    flow.refit_axis(nothing_given(2), None, seed=0)
 
-def test_fresh_student_equals_its_teacher_and_the_average_forgets_its_start():
-    teacher, student = tiny(), build(replace(tiny().config, two_time=True)).eval()
-    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-    h, given, s = torch.randn(3, 6, 32), torch.full((3, 6), -1), torch.tensor([0., .4, .9])
-    assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, s))
-    ema, o = tiny(seed=1), train_teacher.Options(ema=.5, optimiser='adamw', lr=0.)
-    want, _ = 0.1 * ema.net.embed + 0.9 * teacher.net.embed, teacher.net.embed.sum().backward()
-    train_teacher.update(teacher, ema, train_teacher.optimisers(teacher, o), 0, o)
-    assert torch.allclose(ema.net.embed, want, atol=1e-6)
-    with mock.patch('torch.optim.Muon', None, create=True):     # as before torch 2.9
-        assert len(train_teacher.optimisers(teacher, train_teacher.Options())) == 1
+    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
+    assert (flow.taus.diff() > 0).all()
+    assert flow.taus[0] == 0
+    assert flow.taus[-1] == 1
+
+
+# -----------------------------------------------------------------------------
+# The one-hot flow: dense equals projected
+
+
+def test_projected_noise_has_the_law_of_dense_noise():
+    """Noise of another covariance than E^T E: the flow would be another one."""
+    flow = tiny(vocab=80)
+    E = flow.net.embed.detach()
+
+    # V > C and many positions: through the Cholesky factor
+    noise = flow.begin(nothing_given(2000))
+
+    covariance = torch.cov(noise.flatten(0, 1).T)
+    want = E.T @ E
+    assert len(flow.noise_factor(2000 * 6)) == 32
+    assert (covariance - want).abs().max() < 0.08 * want.diagonal().max()
+
+
+def dense_and_projected(flow, t):
+    """x_t (B, L, V) and its projection (B, L, C), made apart from the same noise."""
+    E = flow.net.embed.detach()
+    V = len(E)
+    tokens = torch.randint(V, (3, 6))
+    eps = torch.randn(3, 6, V)
+    dense = (1 - t) * eps + t * torch.eye(V)[tokens]
+    # the z whose z R is eps E
+    R = flow.noise_factor(99)
+    z = torch.linalg.solve(R.T, (eps @ E).transpose(1, 2)).transpose(1, 2)
+    projected = models.jump(z @ R, E[tokens], torch.tensor(0.), torch.tensor(t))
+    return dense, projected
+
 
 @torch.no_grad()
-def test_autoregression_sees_no_later_token_and_its_cache_is_exact():
-    model, tokens = tiny(model='ar', code=4), torch.randint(8, (3, 6))
-    before = torch.cat([torch.full((3, 1), 11), tokens[:, :-1]], 1)         # <bos> is the first
-    cache, at_once = torch.empty(2, 2, 3, 2, 6, 16), model.predict(before)
-    one_by_one = [model.predict(before[:, i:i + 1], cache=cache, at=i) for i in range(6)]
-    assert torch.allclose(torch.cat(one_by_one, 1), at_once, atol=1e-5)
-    nats = cross_entropy(at_once.mT, tokens, reduction='none').mean(1)
-    assert torch.allclose(model.loss(tokens, torch.full((3, 6), -1)), nats, atol=1e-5)
+def test_dense_equals_projected_on_the_same_noise():
+    """An input that is not x_t E, although it looks like it."""
+    flow = tiny(vocab=80)
 
-def test_masked_diffusion_weighs_what_is_masked_and_writes_it_all():
-    model, tokens = tiny(model='mdlm'), torch.randint(8, (4000, 6))
+    dense, projected = dense_and_projected(flow, 0.3)
+
+    assert torch.allclose(dense @ flow.net.embed, projected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dense_jump_equals_projected_jump():
+    """Euler steps or jumps that leave the projected flow."""
+    flow = tiny(vocab=80)
+    E = flow.net.embed
+    dense, projected = dense_and_projected(flow, 0.3)
+    p = torch.rand(3, 6, 80).softmax(-1)
+    s = torch.tensor(0.3)
+    t = torch.tensor(0.6)
+
+    after = models.jump(dense, p, s, t)
+
+    assert torch.allclose(after @ E, models.jump(projected, p @ E, s, t), atol=1e-4)
+
+
+@torch.no_grad()
+def test_corrupted_rows_are_noise_and_token_and_given_ones_clean():
+    """A time that is taken for another, or noise on a prompt."""
+    flow = tiny(vocab=80)
+    tokens = torch.randint(80, (3, 6))
     given = torch.where(torch.arange(6) < 2, tokens, -1)
-    model.net.head.requires_grad_(False).weight.zero_(), model.net.head.bias.zero_()    # no choice
-    assert abs(model.loss(tokens, given, torch.full((4000,), .7)).mean() - math.log(12)) < .1
-    out = write_rows(model, given, 3)[:, 2:].flatten()
-    assert (torch.bincount(out, minlength=12)[:10] / 16000 - .1).abs().max() < .02
+    tau = torch.tensor([0., .4, .9])
 
-@pytest.mark.parametrize('move', [ddim, lambda *how: ancestral(*how, torch.randn_like(how[0]))])
-def test_strided_samplers_reach_the_modes_of_an_exact_teacher(move):
-    x_s = torch.randn(2000)
-    for s, t in torch.linspace(0, 1, 501).unfold(0, 2, 1):      # data: -1 or 1, equally likely
-        x = torch.tanh(noise_level(s)[0] * x_s / noise_level(s)[1] ** 2)
-        x_s = move(x_s, x, s, t)
-    assert (x.abs() > 0.95).float().mean() >= 0.95 and abs((x > 0).float().mean() - .5) < .05
+    h = flow.corrupt(tokens, given, tau, generator(1))
 
-def test_score_gap_has_half_the_fisher_gradient_on_a_gaussian():
-    (n, z), a, s = torch.randn(2, 400_000, 1, 1, dtype=DOUBLE), .6, .8
-    theta = torch.tensor(-.5, dtype=DOUBLE, requires_grad=True)
-    x_t = a * (x := theta + .7 * n) + s * z
-    real, fake = (mean + a * var / (a * a * var + s * s) * (x_t - a * mean)     # E[x | x_t] for
-                  for mean, var in ((1.0, 1.0), (theta.detach(), .49)))         # x ~ N(mean, var)
-    fisher = -2 * (1 - theta.item()) * (1 - a * a / (a * a + s * s)) ** 2     # of E|real - fake|^2
-    def gradient(x, loss='sid'):
-        loss = distill.score_gap(x, real, fake, 0.5, loss).mean()
-        return torch.autograd.grad(loss, theta, retain_graph=True)[0].item()
-    assert abs(gradient(x) - fisher / 2) < 0.01
-    assert gradient(x.detach()) > 0 > gradient(x, 'dmd')       # detached it runs away from the data
+    t = flow.t_of(tau)[:, None, None]
+    E = flow.net.embed
+    want = (1 - t) * flow.noise(3, 6, generator(1)) + t * E[tokens]
+    assert torch.allclose(h[:, 2:], want[:, 2:], atol=1e-6)
+    assert torch.equal(h[:, :2], E[tokens][:, :2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('vocab', [80, 3000])
+def test_rows_come_to_the_network_at_unit_size(vocab):
+    """Inputs 200 times too large or small at one end of the flow, which trains all the same."""
+    flow = tiny(vocab=vocab)
+    tokens = torch.randint(vocab, (64, 6))
+    given = torch.where(torch.arange(6) < 2, tokens, -1)
+    seen = []
+    flow.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
+
+    for tau in (0., .3, .7, 1.):
+        tau = torch.full((64,), tau)
+        flow.predict(flow.corrupt(tokens, given, tau), given, tau)
+
+    for h in seen:
+        assert abs(h[:, 2:].square().mean() - 1) < 0.15
+        assert abs(h[:, :2].square().mean() - 1) < 0.15
+
+
+# -----------------------------------------------------------------------------
+# Jumps, and the flow map of a flow whose denoiser is known: one position, K tokens of prior pi
+
+
+def test_jump_stays_arrives_and_composes():
+    """A jump that is right for one leg and wrong for two."""
+    x = torch.randn(2, 4, 3, dtype=DOUBLE)
+    p = torch.rand(2, 4, 3, dtype=DOUBLE).softmax(-1)
+    s, u = torch.tensor([.2, .5], dtype=DOUBLE)
+    t = torch.tensor(.8, dtype=DOUBLE)
+
+    assert torch.allclose(models.jump(x, p, s, s), x)
+    assert torch.allclose(models.jump(x, p, s, torch.ones_like(s)), p)
+    two = models.jump(models.jump(x, p, s, u), p, u, t)
+    assert torch.allclose(two, models.jump(x, p, s, t))
+
+
+def exact_denoiser(x, t):
+    """D_t(x)_k ~ pi_k exp(t x_k / (1-t)^2): Bayes for x = (1-t) eps + t e_k."""
+    prior = torch.tensor([.5, .3, .2], dtype=DOUBLE)
+    return (prior.log() + t * x / (1 - t) ** 2).softmax(-1)
+
+
+def exact_map(x, s, t, calls=4000):
+    """X_{s,t}(x) by the midpoint method: dx/dr = (D_r(x) - x) / (1-r)."""
+    step = (t - s) / calls
+    for i in range(calls):
+        a = s + i * step
+        middle = a + step / 2
+        y = x + step / 2 * (exact_denoiser(x, a) - x) / (1 - a)
+        x = x + step * (exact_denoiser(y, middle) - y) / (1 - middle)
+    return x
+
+
+def exact_delta(x, s, t):
+    return x + (1 - s) * (exact_map(x, s, t) - x) / (t - s)
+
+
+class ExactNet:
+    """Both networks of a distillation, without error; h is x itself (E = identity), tau is t."""
+
+    def predict(self, h, given, tau, tau_to=None):
+        if tau_to is None:
+            return exact_denoiser(h, tau[:, None, None]).log()
+        return exact_delta(h, tau[:, None, None], tau_to[:, None, None]).log()
+
+    def t_of(self, tau):
+        return tau
+
+    def jump(self, h, p, given, s, t):
+        return models.jump(h, p, s[:, None, None], t[:, None, None])
+
+
+def toy_jumps(s, t):
+    """Rows x of two jumps, s and t as tensors, and the exact delta_{s,t}(x)."""
+    x = torch.randn(2, 4, 3, dtype=DOUBLE)
+    s = torch.tensor(s, dtype=DOUBLE)
+    t = torch.tensor(t, dtype=DOUBLE)
+    return x, s, t, exact_delta(x, s[:, None, None], t[:, None, None])
+
+
+@pytest.mark.parametrize('target, leg, tolerance', [
+    (distill.semigroup_target, .5, 1e-6),
+    (distill.lagrangian_target, .01, .01),
+    (distill.eulerian_target, .01, .01),
+])
+def test_targets_are_right_at_the_exact_flow_map(target, leg, tolerance):
+    """A target that a perfect student would have to leave."""
+    x, s, t, want = toy_jumps([.0, .2], [.9, .6])
+    o = Namespace(leg=leg)
+
+    found = target(ExactNet(), ExactNet(), x, None, s, t, o)
+
+    assert torch.allclose(found, want, atol=tolerance)
+    assert (found.sum(-1) - 1).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('s, t', [([.0, .2], [.9, .6]), ([0., 0.], [.999, .999])])
+def test_rollout_finds_the_exact_flow_map(s, t):
+    """Copies of the teacher's way that end elsewhere."""
+    x, s, t, want = toy_jumps(s, t)
+
+    found = distill.rollout_target(ExactNet(), ExactNet(), x, None, s, t, Namespace(rollout=400))
+
+    assert torch.allclose(found, want, atol=.01)
+    assert (found.sum(-1) - 1).abs().max() < 1e-9
+
+
+def test_weight_of_the_first_leg():
+    """Two legs weighed such that no flow map fulfils it; a division by 0 at the ends."""
+    s, u, t = torch.tensor([[.1, .3, .7], [0., .5, 1.], [.2, .2, .6], [.2, .6, .6]], dtype=DOUBLE).T
+    x = torch.randn(3, dtype=DOUBLE)
+
+    g = models.first_leg_weight(s, u, t)
+
+    first = exact_delta(x, s[0], u[0])
+    last = exact_delta(exact_map(x, s[0], u[0]), u[0], t[0])
+    two = g[0] * first + (1 - g[0]) * last
+    assert torch.allclose(two, exact_delta(x, s[0], t[0]), atol=1e-6)
+    assert torch.allclose(g[1:], torch.tensor([0., 0., 1.], dtype=DOUBLE))
+    # s = u = t
+    assert models.first_leg_weight(s, s, s).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('diagonal, boundary', [(.5, 1 / 32), (0., .5), (1., .5), (.25, 0.)])
+def test_loss_of_a_flow_map_against_brute_force(diagonal, boundary):
+    """Rows that get each other's targets, or a share of rows that stops the run."""
+    student = tiny(two_time=True)
+    teacher = tiny(seed=1)
+    tokens = torch.randint(8, (8, 6))
+    given = torch.where(torch.rand(8, 6) < .3, tokens, -1)
+    o = options(distill, '--method', 'semigroup', '--diagonal', diagonal, '--boundary', boundary,
+                kind='flow map')
+    stage = distill.FlowMap(student, teacher, o)
+    s, t, kind = stage.times(8, generator())
+
+    loss, seen = stage(tokens, given, (s, t, kind), generator(1))
+
+    h = student.corrupt(tokens, given, s, generator(1))
+    nats = torch.zeros(8)
+    for i in range(8):
+        row = (h[i:i + 1], given[i:i + 1], s[i:i + 1])
+        if kind[i] == 0:
+            target = teacher.predict(*row).softmax(-1)
+        else:
+            target = distill.semigroup_target(student, teacher, *row, t[i:i + 1], o)
+        log_p = student.predict(*row, t[i:i + 1]).log_softmax(-1)
+        nats[i] = -(target * log_p).sum(-1)[given[i:i + 1] < 0].mean()
+    assert torch.allclose(loss, nats.mean(), atol=1e-5)
+    for i, name in enumerate(('diagonal', 'all_the_way', 'between')):
+        assert torch.allclose(seen[name][0], nats[kind == i].sum(), atol=1e-4)
+        assert seen[name][1] == (kind == i).sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('gamma', [.3, .8, 1.])
+def test_gamma_lands_where_fresh_noise_keeps_the_law(gamma):
+    """Noise added to what is noisy already: each call would see more than its time says."""
+    flow = tiny()
+    tau = torch.tensor([.1, .5, .9])
+    t = flow.t_of(tau)
+
+    landing, rescale = flow.gamma_landing(tau, gamma)
+
+    r = flow.t_of(landing)
+    assert torch.allclose(rescale * r, t, atol=1e-4)
+    assert torch.allclose((rescale * (1 - r)) ** 2 + (gamma * (1 - t)) ** 2, (1 - t) ** 2,
+                          atol=1e-4)
+
+
+@pytest.mark.parametrize('more, taus, taus_to', [
+    ({}, (0, .25, .5, .75), None),
+    ({'two_time': True}, (0, .25, .5, .75), (.25, .5, .75, 1)),
+    ({'model': 'diffuseq'}, (0, .25, .5, .75), None),
+    ({'model': 'diffuseq', 'start': .5}, (.5, .625, .75, .875), None),
+])
+def test_times_that_a_sampler_shows_the_network(more, taus, taus_to):
+    """A sampler that begins with pure noise at a time at which the network knows clean rows."""
+    net = tiny(**more)
+    seen = []
+    net.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs))
+
+    net.sample(nothing_given(2), 4, generator())
+
+    assert [inputs[2].item() for inputs in seen] == pytest.approx(taus)
+    if taus_to:
+        assert [inputs[3].item() for inputs in seen] == pytest.approx(taus_to)
+
+
+# -----------------------------------------------------------------------------
+# The loss over a vocabulary
+
+
+def rows_with_a_prompt():
+    """Tokens, given and tau of two rows, the first of which has a prompt."""
+    tokens = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]])
+    given = nothing_given(2, 4)
+    given[0, :2] = tokens[0, :2]
+    return tokens, given, torch.tensor([.3, .8])
+
+
+def nats_by_hand(logits, tokens, given):
+    """Mean over the positions not given of -log p: (B,)."""
+    nats = -logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    return torch.stack([row[known < 0].mean() for row, known in zip(nats, given)])
+
+
+def test_loss_of_a_flow_against_brute_force():
+    """A loss divided by the wrong number of positions, or one that counts a prompt."""
+    flow = tiny(vocab=5, length=4)
+    tokens, given, tau = rows_with_a_prompt()
+
+    loss = flow.loss(tokens, given, tau, generator())
+
+    h = flow.corrupt(tokens, given, tau, generator())
+    want = nats_by_hand(flow.predict(h, given, tau), tokens, given)
+    assert torch.allclose(loss, want, atol=1e-5)
+
+
+def with_gradient(loss, net):
+    """A loss (B,) and what its mean gives to all weights but those of the input's embedding."""
+    weights = [p for name, p in net.net.named_parameters() if name != 'embed']
+    return [loss, *torch.autograd.grad(loss.mean(), weights)]
+
+
+def all_close(found, want):
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize('size, compiled', [(3, False), (4, False), (100, False), (3, True)])
+def test_loss_and_its_gradient_in_chunks(monkeypatch, size, compiled):
+    """Positions lost at the end of a chunk; what a compiler makes of it; a cap without slope."""
+    flow = tiny(vocab=5, length=4)
+    tokens, given, tau = rows_with_a_prompt()
+    h = flow.corrupt(tokens, given, tau, generator()).detach()
+    want = with_gradient(nats_by_hand(flow.predict(h, given, tau), tokens, given), flow)
+    # 8 positions: the last of three chunks is filled up by one
+    monkeypatch.setattr(models, 'positions_at_once', lambda device, vocab: size)
+
+    if compiled:
+        flow.net.compile(backend='aot_eager')
+    for target in (tokens, torch.eye(5)[tokens]):
+        found = flow.predict(h, given, tau, target=target)
+        assert all_close(with_gradient(found, flow), want)
+
+
+def test_loss_of_probabilities_and_its_gradient():
+    """A target of probabilities taken for its argmax."""
+    flow = tiny(vocab=5, length=4)
+    tokens, given, tau = rows_with_a_prompt()
+    h = flow.corrupt(tokens, given, tau, generator()).detach()
+    target = torch.randn(2, 4, 5).softmax(-1)
+
+    found = flow.predict(h, given, tau, target=target)
+
+    nats = -(target * flow.predict(h, given, tau).log_softmax(-1)).sum(-1)
+    want = torch.stack([nats[0, 2:].mean(), nats[1].mean()])
+    assert all_close(with_gradient(found, flow), with_gradient(want, flow))
+
+
+def test_rows_that_do_not_count_alike_are_refused():
+    """Gradients taken in the forward pass, used for another loss than they are of."""
+    flow = tiny(vocab=5, length=4)
+    tokens, given, tau = rows_with_a_prompt()
+
+    losses = flow.loss(tokens, given, tau, generator())
+
+    with pytest.raises(RuntimeError):
+        losses[0].backward()
+
+
+# -----------------------------------------------------------------------------
+# Students, averages, optimisers
+
+
+@torch.no_grad()
+def test_fresh_flow_map_is_its_teacher_whatever_time_it_is_told():
+    """A student that begins somewhere else than its teacher."""
+    teacher = tiny()
+    o = options(distill, kind='flow map')
+
+    student = distill.build_student(teacher, None, o).eval()
+
+    h = torch.randn(3, 6, 32)
+    given = nothing_given(3)
+    s = torch.tensor([0., .4, .9])
+    for t in (s, torch.ones(3)):
+        assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
+    assert [name for name, p in student.named_parameters() if not p.requires_grad] == ['net.embed']
+
+
+@torch.no_grad()
+def test_fresh_generator_is_its_teacher_at_a_later_start():
+    """A generator that begins at another noise level than the one it is told."""
+    teacher = tiny(model='diffuseq')
+    o = options(distill, '--no-row-noise', kind='score')
+
+    student = distill.build_student(teacher, None, o).eval()
+    x_t = student.begin(nothing_given(2000))
+
+    time = torch.full((2000,), 1 - 1491 / 2000)
+    want = teacher.predict(x_t, nothing_given(2000), time)
+    assert torch.equal(student.generate(x_t, nothing_given(2000)), want)
+    # b of b/a = 2.5
+    assert abs(x_t.std() - 2.5 / (1 + 2.5 ** 2) ** .5) < .005
+    frozen = [name for name, p in student.named_parameters() if not p.requires_grad]
+    assert sorted(frozen) == ['bias', 'net.embed']
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('more', [{'two_time': True}, {'model': 'diffuseq', 'start': .25}])
+def test_fresh_refined_student_is_its_guide(more):
+    """A copy that begins as the teacher, so that what the guide learnt is lost."""
+    guide = tiny(seed=1, **more)
+    teacher = tiny(model=guide.config.model)
+
+    student = distill.build_student(teacher, guide, options(distill, kind='refine')).eval()
+
+    rows = student.sample(nothing_given(50), 1, generator())
+    assert torch.equal(rows, guide.sample(nothing_given(50), 1, generator()))
+    assert student.config == guide.config
+
+
+def one_update(net, ema, optimiser, it=0, **more):
+    """train_teacher.update with gradients of 1 everywhere -> its norm."""
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    o = Namespace(**{**dict(clip=0., warmup=0, decay=0., iters=10 ** 9, ema=.999), **more})
+    return train_teacher.update(net, ema, [optimiser], it, o)
+
+
+@pytest.mark.parametrize('it, kept', [(0, 1 / 10), (1, 2 / 11), (90, 91 / 100), (10 ** 6, .999)])
+def test_average_forgets_its_start(it, kept):
+    """An average without a ramp, a third of which is the random start."""
+    net = tiny()
+    ema = tiny(seed=1)
+    want = kept * ema.net.embed + (1 - kept) * net.net.embed
+
+    one_update(net, ema, torch.optim.SGD(net.parameters(), lr=0.), it)
+
+    assert torch.allclose(ema.net.embed, want, atol=1e-6)
+
+
+@pytest.mark.parametrize('clip', [0., 1.])
+def test_gradients_are_clipped_and_their_norm_is_told(clip):
+    """Clipping that does nothing, or that cannot be turned off."""
+    net = tiny()
+    before = net.net.embed.detach().clone()
+    size = sum(p.numel() for p in net.parameters()) ** .5
+
+    norm = one_update(net, tiny(), torch.optim.SGD(net.parameters(), lr=1.), clip=clip)
+
+    step = before - net.net.embed
+    assert abs(norm - size) < 1e-3 * size
+    assert torch.allclose(step, torch.full_like(step, 1 / size if clip else 1), rtol=1e-3)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize('it, factor', [
+    (0, .1), (4, .5), (9, 1.), (10, 1.), (69, 1.), (70, 1.), (85, .5), (99, 1 / 30)])
+def test_learning_rate_rises_stays_and_falls(it, factor):
+    """A rate that is 0 in the first iteration, or that ends too early."""
+    o = Namespace(warmup=10, decay=.3, iters=100)
+
+    assert train_teacher.learning_rate_factor(it, o) == pytest.approx(factor)
+
+
+def test_learning_rate_reaches_every_optimiser():
+    """Warm-up of one optimiser out of two."""
+    net = tiny()
+    weights = list(net.parameters())
+    first = torch.optim.SGD(weights[:3], lr=1.)
+    other = torch.optim.SGD(weights[3:], lr=.5)
+    o = Namespace(clip=0., warmup=4, decay=0., iters=100, ema=.999)
+    for p in weights:
+        p.grad = torch.ones_like(p)
+
+    train_teacher.update(net, tiny(), [first, other], 0, o)
+
+    assert first.param_groups[0]['lr'] == .25
+    assert other.param_groups[0]['lr'] == .125
+
+
+def test_muon_is_torchs_muon(monkeypatch):
+    """Other momentum, scale or coefficients; shapes mixed up where matrices go together."""
+    shapes = [(8, 24), (24, 8), (16, 16), (24, 8), (8, 24), (24, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    # theirs computes in bf16
+    monkeypatch.setattr(torch.Tensor, 'bfloat16', lambda x: x.clone())
+    optimisers = [train_teacher.Muon(ours, lr=.02),
+                  torch.optim.Muon(theirs, lr=.02, weight_decay=0., momentum=.95)]
+
+    for _ in range(4):
+        for mine, other in zip(ours, theirs):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    assert all_close(ours, theirs)
+
+
+@pytest.mark.parametrize('rows, cols', [(8, 24), (24, 8), (16, 16)])
+def test_orthogonalised_matrices_are_nearly_orthogonal(rows, cols):
+    """Singular values far from 1, or one matrix's norm used for another."""
+    sizes = torch.tensor([1e-3, 1., 1e3])[:, None, None]
+    x = sizes * torch.linalg.qr(torch.randn(3, 24, 24)).Q[:, :rows, :cols]
+
+    y = train_teacher.orthogonalise(x)
+
+    values = torch.linalg.svdvals(y)
+    assert y.shape == x.shape
+    assert values.min() > .6
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize('optimiser', ['muon', 'adamw'])
+def test_every_weight_that_trains_has_one_optimiser(optimiser):
+    """Weights that nobody trains, or that two optimisers pull at; a frozen embedding that moves."""
+    net = tiny()
+    net.net.embed.requires_grad_(False)
+    o = options(train_teacher, '--optimiser', optimiser)
+
+    optimisers = train_teacher.make_optimisers(net, o)
+
+    names = {p: name for name, p in net.named_parameters()}
+    groups = [[names[p] for p in x.param_groups[0]['params']] for x in optimisers]
+    trained = [name for name in names.values() if name != 'net.embed']
+    assert sorted(sum(groups, [])) == sorted(trained)
+    if optimiser == 'muon':
+        inside = ('qkv.weight', 'out.weight', 'up.weight', 'down.weight')
+        blocks = [name for name in trained if 'blocks' in name and name.endswith(inside)]
+        assert sorted(groups[1]) == sorted(blocks)
+        assert len(blocks) == 8
+    else:
+        assert len(groups) == 1
+
+
+# -----------------------------------------------------------------------------
+# Tokens from probabilities, and the baselines
+
+
+def test_draw_is_as_frequent_as_its_probabilities():
+    """Tokens drawn by another law, or the neighbour of each."""
+    p = torch.tensor([.5, .2, 0., .25, .05, 0., 0.])
+
+    tokens = models.draw(p.expand(1000, 200, 7), generator())
+
+    share = torch.bincount(tokens.flatten(), minlength=7) / tokens.numel()
+    assert (share - p).abs().max() < .005
+    assert share[2] == 0
+    assert torch.equal(tokens, models.draw(p.expand(1000, 200, 7), generator()))
+    assert not torch.equal(tokens, models.draw(p.expand(1000, 200, 7), generator(1)))
+
+
+@pytest.mark.parametrize('u', [0., 1.])
+def test_draw_never_gives_the_last_two_ids(monkeypatch, u):
+    """<bos> in a text once in a million tokens, where rounding takes the sum to its end."""
+    p = models.without_specials(torch.randn(4, 5, 300)).softmax(-1)
+    monkeypatch.setattr(torch, 'rand', lambda shape, **how: torch.full(shape, u))
+
+    tokens = models.draw(p)
+
+    assert tokens.max() < 298
+
+
+@torch.no_grad()
+def test_autoregression_is_the_chain_rule():
+    """A loss that is shifted by one, or sees the token it predicts."""
+    net = tiny(model='ar', channels=4)
+    tokens = torch.randint(8, (3, 6))
+    # <bos> is the first
+    before = torch.cat([torch.full((3, 1), 11), tokens[:, :-1]], 1)
+
+    loss = net.loss(tokens, nothing_given(3))
+
+    nats = cross_entropy(net.predict(before).mT, tokens, reduction='none').mean(1)
+    assert torch.allclose(loss, nats, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autoregression_sees_no_later_token():
+    """A model that reads its answer."""
+    net = tiny(model='ar')
+    row = torch.randint(8, (3, 6))
+    other = row.clone()
+    other[:, 4:] = (row[:, 4:] + 1) % 8
+
+    a = net.predict(row)
+    b = net.predict(other)
+
+    assert torch.allclose(a[:, :4], b[:, :4], atol=1e-6)
+    assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
+
+
+@torch.no_grad()
+def test_autoregressions_cache_is_exact():
+    """Keys of another position, or of another row."""
+    net = tiny(model='ar', channels=4)
+    before = torch.randint(8, (3, 6))
+    cache = torch.empty(2, 2, 3, 2, 6, 16)
+
+    one_by_one = [net.predict(before[:, i:i + 1], cache=cache, at=i) for i in range(6)]
+
+    assert torch.allclose(torch.cat(one_by_one, 1), net.predict(before), atol=1e-5)
+
+
+@torch.no_grad()
+def test_autoregression_samples_by_its_own_probabilities():
+    """Tokens that are written by the logits of another position."""
+    net = tiny(vocab=7, length=2, model='ar')
+    net.net.head.weight.mul_(5)
+
+    rows = net.sample(nothing_given(40_000, 2), rng=generator())
+
+    p = models.without_specials(net.predict(torch.tensor([[6]] * 2))).softmax(-1)[0, 0]
+    first = torch.bincount(rows[:, 0], minlength=7) / 40_000
+    assert (first - p).abs().max() < .01
+    after = rows[rows[:, 0] == 1, 1]
+    p = models.without_specials(net.predict(torch.tensor([[6, 1]]))).softmax(-1)[0, 1]
+    assert (torch.bincount(after, minlength=7) / len(after) - p).abs().max() < .03
+
+
+def without_choice(net):
+    """A model for which all tokens are equally likely."""
+    net.net.head.requires_grad_(False)
+    net.net.head.weight.zero_()
+    net.net.head.bias.zero_()
+    return net
+
+
+def test_masked_diffusion_weighs_what_is_masked():
+    """Nats divided by the number of masks: a bound that is too good by their share."""
+    net = without_choice(tiny(model='mdlm'))
+    tokens = torch.randint(8, (4000, 6))
+    given = torch.where(torch.arange(6) < 2, tokens, -1)
+
+    for t in (.2, .7):
+        loss = net.loss(tokens, given, torch.full((4000,), t)).mean()
+        assert abs(loss - math.log(12)) < .1
+
+
+def test_masked_diffusion_writes_everything():
+    """Masks that are left, or ids that are never written."""
+    net = without_choice(tiny(model='mdlm'))
+    tokens = torch.randint(8, (4000, 6))
+    given = torch.where(torch.arange(6) < 2, tokens, -1)
+
+    rows, _ = models.write_rows(net, given, 3, seed=0)
+
+    written = rows[:, 2:].flatten()
+    assert (torch.bincount(written, minlength=12)[:10] / 16000 - .1).abs().max() < .02
+
+
+def exact_twins(seen, target=None, share=None):
+    """What a masked diffusion says of two positions that are both 0 or both 1, equally likely."""
+    p = torch.zeros(*seen.shape, 5)
+    other = seen.flip(1)
+    for token in (0, 1):
+        p[..., token] = torch.where(other < 0, .5, (other == token).float())
+    if target is None:
+        return p.log()
+    nats = -p.gather(2, target[..., None])[..., 0].log()
+    return (nats * share).sum(1)
+
+
+def test_masked_diffusion_on_an_exact_toy():
+    """A bound that is not -log p for an exact network."""
+    net = tiny(vocab=5, length=2, model='mdlm')
+    net.predict = exact_twins
+    tokens = torch.randint(2, (100_000, 1)).expand(-1, 2)
+    t = torch.arange(100_000) / 100_000
+
+    loss = net.loss(tokens, nothing_given(100_000, 2), t, generator()).mean()
+
+    assert abs(loss - math.log(2) / 2) < .01
+
+
+@pytest.mark.parametrize('nfe', [1, 2, 8])
+def test_masked_sampler_on_an_exact_toy(nfe):
+    """More masks written by a call than its share."""
+    net = tiny(vocab=5, length=2, model='mdlm')
+    net.predict = exact_twins
+
+    rows = net.sample(nothing_given(40_000, 2), nfe, generator())
+
+    # both are written by the same call with 1/nfe, and then agree by chance
+    differ = (rows[:, 0] != rows[:, 1]).float().mean()
+    assert abs(differ - 1 / nfe / 2) < .01
+
+
+# -----------------------------------------------------------------------------
+# What all models promise
+
+WAYS = [
+    ('flm', {}, {'gamma': 0.}),
+    ('flm', {}, {'gamma': .7}),
+    ('flm', {}, {'gamma': 1.}),
+    ('flm', {}, {'temperature': 2.}),
+    ('flm', {'two_time': True}, {}),
+    ('flm', {'two_time': True}, {'gamma': .7}),
+    ('flm', {'channels': 4}, {}),
+    ('mdlm', {}, {}),
+    ('mdlm', {}, {'temperature': 2.}),
+    ('ar', {}, {}),
+    ('ar', {}, {'temperature': 2.}),
+    ('diffuseq', {}, {'method': 'ddim'}),
+    ('diffuseq', {}, {'method': 'ancestral'}),
+    ('diffuseq', {}, {'method': 'ancestral', 'clamp': True}),
+    ('diffuseq', {}, {'method': 'ddim', 'clamp': True}),
+    ('diffuseq', {'start': .25, 'row_noise': True}, {}),
+]
+
+
+@pytest.mark.parametrize('kind, more, how', WAYS)
+def test_given_tokens_come_back_and_special_ids_are_never_written(kind, more, how):
+    """A prompt that is overwritten; <sep> in a text; rows in another order."""
+    net = tiny(model=kind, **more)
+    # more rows than are written at a time
+    tokens = torch.randint(8, (300, 6))
+    given = torch.where(torch.rand(300, 6) < 0.3, tokens, -1)
+    # it loves <sep> and <bos>
+    bias = net.bias if kind == 'diffuseq' else net.net.head.bias
+    bias.data[-2:] += 10
+    seen = []
+
+    rows, _ = models.write_rows(net, given, 3, seed=0, on_call=lambda i, x: seen.append(i), **how)
+
+    assert torch.equal(rows[given >= 0], tokens[given >= 0])
+    assert rows.min() >= 0
+    assert rows[given < 0].max() < 10
+    assert seen == 2 * list(range(6 if kind == 'ar' else 3))
+
 
 @pytest.mark.parametrize('kind, how', [
-    *(('flm', {key: x}) for key, x in (('gamma', 0.), ('gamma', .7), ('gamma', 1.),
-        ('temperature', 2.), ('sampler', 'bridge'), ('sampler', 'ab2'))), ('mdlm', {}), ('ar', {}),
-    *(('diffuseq', {'sampler': x}) for x in ('ddim', 'ancestral'))])
-def test_given_tokens_come_back_and_special_ids_are_never_written(kind, how):
-    model, tokens = tiny(model=kind), torch.randint(8, (50, 6))
-    given = torch.where(torch.rand(50, 6) < 0.3, tokens, -1)
-    (model.bias if kind == 'diffuseq' else model.net.head.bias).data[-2:] += 10     # loves <sep>
-    out = write_rows(model, given, 3, **how)
-    assert (out == tokens)[given >= 0].all() and out[given < 0].max() < 10
+    ('flm', {'gamma': .7}),
+    ('flm', {'temperature': .1}),
+    ('mdlm', {'temperature': .1}),
+    ('ar', {'temperature': .1}),
+    ('diffuseq', {'method': 'ddim'}),
+    ('diffuseq', {'clamp': True}),
+])
+def test_every_option_of_a_sampler_changes_what_is_written(kind, how):
+    """An option that does nothing."""
+    net = tiny(model=kind)
+    net.net.head.weight.data.mul_(5)
+
+    plain, _ = models.write_rows(net, nothing_given(200), 4, seed=0)
+    again, _ = models.write_rows(net, nothing_given(200), 4, seed=0)
+    other, _ = models.write_rows(net, nothing_given(200), 4, seed=0, **how)
+
+    assert torch.equal(plain, again)
+    assert not torch.equal(plain, other)
+
+
+@pytest.mark.parametrize('kind', ['mdlm', 'ar'])
+def test_low_temperature_leaves_fewer_tokens(kind):
+    """A temperature that is multiplied where it should divide."""
+    net = tiny(model=kind)
+    net.net.head.weight.data.mul_(3)
+
+    cold, _ = models.write_rows(net, nothing_given(500), 4, seed=0, temperature=.05)
+    hot, _ = models.write_rows(net, nothing_given(500), 4, seed=0, temperature=9.)
+
+    def most_frequent(rows):
+        return torch.stack([torch.bincount(column).max() for column in rows.T]).float().mean()
+
+    assert most_frequent(cold) > 2 * most_frequent(hot)
+
+
+# -----------------------------------------------------------------------------
+# The embedding diffusion
+
+
+def diffuseq_loss_by_hand(net, tokens, given, t, seed):
+    """The loss of EmbeddingDiffusion for each row, as the paper has it or ours."""
+    rng = generator(seed)
+    E = net.net.embed
+    embedded = E[tokens]
+    x = embedded + 0.121 * torch.randn(embedded.shape, generator=rng)
+    a, b = models.noise_level(t[:, None, None])
+    x_t = a * x + b * torch.randn(x.shape, generator=rng)
+    known = (given >= 0)[..., None]
+    x_t = torch.where(known, x if net.config.all_positions else embedded, x_t)
+    guess = net.predict(x_t, given, t)
+    losses = []
+    for i in range(len(tokens)):
+        counted = slice(None) if net.config.all_positions else given[i] < 0
+        written = given[i] < 0
+        error = (guess[i] - x[i]).square().mean(-1)[counted].mean()
+        rounding = cross_entropy(x[i] @ E.T + net.bias, tokens[i])
+        anchor = cross_entropy((guess[i] @ E.T + net.bias)[written], tokens[i, written])
+        losses.append(error + rounding + net.config.anchor * anchor)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize('more', [
+    {}, {'all_positions': True}, {'anchor': .1}, {'all_positions': True, 'anchor': .5}])
+def test_loss_of_diffuseq_against_brute_force(more):
+    """Terms over the wrong positions, or embeddings without the gradient that keeps them apart."""
+    net = tiny(vocab=5, length=4, model='diffuseq', **more)
+    tokens, given, t = rows_with_a_prompt()
+
+    found = net.loss(tokens, given, t, generator(3))
+
+    want = diffuseq_loss_by_hand(net, tokens, given, t, seed=3)
+    weights = list(net.parameters())
+    assert torch.allclose(found, want, atol=1e-5)
+    found_slopes = torch.autograd.grad(found.mean(), weights)
+    assert all_close(found_slopes, torch.autograd.grad(want.mean(), weights))
+
+
+def test_all_positions_counts_the_source():
+    """An option that does nothing."""
+    tokens, given, t = rows_with_a_prompt()
+    nets = [tiny(vocab=5, length=4, model='diffuseq', all_positions=x) for x in (False, True)]
+
+    ours, papers = [net.loss(tokens, given, t, generator(3)) for net in nets]
+
+    # only the first row has a source
+    assert abs(ours[0] - papers[0]) > 1e-3
+    assert torch.allclose(ours[1], papers[1])
+
+
+@pytest.mark.parametrize('step', [
+    models.ddim_step,
+    lambda x_s, x, s, t: models.ancestral_step(x_s, x, s, t, torch.randn_like(x_s)),
+])
+def test_strided_samplers_reach_the_modes_of_an_exact_teacher(step):
+    """The noise level of a neighbouring index where the stride's is needed."""
+    x_t = torch.randn(2000)
+
+    for s, t in torch.linspace(0, 1, 501).unfold(0, 2, 1):
+        # data: -1 or 1, equally likely
+        a, b = models.noise_level(s)
+        x = torch.tanh(a * x_t / b ** 2)
+        x_t = step(x_t, x, s, t)
+
+    assert (x.abs() > 0.95).float().mean() >= 0.95
+    assert abs((x > 0).float().mean() - .5) < .05
+
+
+def test_ancestral_steps_keep_the_law_of_x_t():
+    """Too little or too much fresh noise for the stride."""
+    s = torch.tensor(.3)
+    t = torch.tensor(.6)
+    a_s, b_s = models.noise_level(s)
+    a_t, b_t = models.noise_level(t)
+    x = torch.full((400_000,), 2.)
+    x_s = a_s * x + b_s * torch.randn(400_000)
+
+    x_t = models.ancestral_step(x_s, x, s, t, torch.randn(400_000))
+
+    assert abs(x_t.mean() - 2 * a_t) < .005
+    assert abs(x_t.std() - b_t) < .005
+
+
+@torch.no_grad()
+def test_clamp_is_to_the_nearest_embedding():
+    """The embedding with the largest product, which is a long one."""
+    net = tiny(vocab=50, model='diffuseq')
+    E = net.net.embed
+    E.mul_(torch.linspace(.2, 3, 50)[:, None])
+    x = torch.randn(4, 6, 32)
+
+    found = net.nearest(x)
+
+    distance = (x[:, :, None] - E).square().sum(-1)
+    assert torch.equal(found, E[distance.argmin(-1)])
+
+
+def test_row_noise_is_the_same_at_all_positions():
+    """An option that does nothing."""
+    given = nothing_given(4)
+    one, each = [tiny(model='diffuseq', start=.25, row_noise=x) for x in (True, False)]
+
+    assert one.begin(given).var(1).max() < 1e-9
+    assert one.begin(given).var(0).min() > 1e-3
+    assert each.begin(given).var(1).min() > 1e-3
+
+
+# -----------------------------------------------------------------------------
+# Score distillation
+
+
+def gaussian_gap():
+    """A student N(theta, .49) of data N(1, 1), one channel: theta, x, and both denoisers' guess."""
+    n, z = torch.randn(2, 400_000, 1, 1, dtype=DOUBLE)
+    a, b = .6, .8
+    theta = torch.tensor(-.5, dtype=DOUBLE, requires_grad=True)
+    x = theta + .7 * n
+    x_t = a * x + b * z
+
+    def guess(mean, variance):
+        # E[x | x_t] for x ~ N(mean, variance)
+        return mean + a * variance / (a * a * variance + b * b) * (x_t - a * mean)
+
+    return theta, x, guess(1., 1.), guess(theta.detach(), .49)
+
+
+def slope(gap, theta):
+    return torch.autograd.grad(gap.mean(), theta, retain_graph=True)[0].item()
+
+
+def test_sid_has_half_the_fisher_gradient_on_a_gaussian():
+    """A student driven elsewhere than to the data."""
+    theta, x, real, fake = gaussian_gap()
+
+    found = slope(distill.sid_gap(x, real, fake, .5), theta)
+
+    # of E|real - fake|^2
+    fisher = -2 * (1 - theta.item()) * (1 - .36 / (.36 + .64)) ** 2
+    assert abs(found - fisher / 2) < 0.01
+
+
+def test_sid_needs_its_gradient_through_x():
+    """A detached x: the student would run away from the data."""
+    theta, x, real, fake = gaussian_gap()
+
+    assert slope(distill.sid_gap(x.detach(), real, fake, .5), theta) > 0
+
+
+def test_dmd_drives_the_student_to_the_data():
+    """The sign of DMD's gradient; a gradient through the denoisers."""
+    theta, x, real, fake = gaussian_gap()
+
+    found = slope(distill.dmd_gap(x, real, fake), theta)
+
+    assert found < 0
+    assert found == pytest.approx((fake - real).mean().item())
+
+
+@pytest.mark.parametrize('alpha', [.5, 1., 1.2])
+def test_value_of_sid(alpha):
+    """Alpha at the wrong term: the mean is (1 - alpha) of the squared gap."""
+    _, x, real, fake = gaussian_gap()
+
+    found = distill.sid_gap(x, real, fake, alpha).mean()
+
+    assert abs(found - (1 - alpha) * (real - fake).square().mean()) < .01
+
+
+def score_stage(*words):
+    """A student, its teacher and their score distillation, with rows to learn from."""
+    teacher = tiny(model='diffuseq').requires_grad_(False)
+    o = options(distill, '--parts', 1, '--lr', .003, *words, kind='score')
+    student = distill.build_student(teacher, None, o)
+    stage = distill.ScoreDistillation(student, teacher, o)
+    tokens = torch.randint(8, (16, 6))
+    given = torch.where(torch.arange(6) < 2, tokens, -1)
+    return student, teacher, stage, tokens, given
+
+
+def copy_of(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize('words', [(), ('--adversarial', .1), ('--loss', 'dmd')])
+def test_who_moves_in_score_distillation(words):
+    """A teacher that learns from its student; a fake that is pulled along by the student's loss."""
+    student, teacher, stage, tokens, given = score_stage(*words)
+    old_teacher = copy_of(teacher)
+    old_fake = copy_of(stage.fake)
+
+    loss, _ = stage(tokens, given, (), generator())
+    after_fake_step = copy_of(stage.fake)
+    student.zero_grad()
+    loss.backward(inputs=[p for p in student.parameters() if p.requires_grad])
+
+    assert all(torch.equal(p, old_teacher[name]) for name, p in copy_of(teacher).items())
+    kept = [name for name, p in old_fake.items() if torch.equal(p, after_fake_step[name])]
+    critic = ['critic.weight', 'critic.bias'] if '--adversarial' not in words else []
+    assert sorted(kept) == sorted(['model.net.embed', 'model.bias', *critic])
+    for name, p in student.named_parameters():
+        assert (p.grad is None) == (name in ('net.embed', 'bias')), name
+    assert student.net.head.weight.grad.abs().sum() > 0
+
+
+def test_fake_ratio_is_the_number_of_the_fakes_updates():
+    """An option that does nothing."""
+    _, _, stage, tokens, given = score_stage('--fake-ratio', 3)
+
+    stage(tokens, given, (), generator())
+
+    steps = [state['step'].item() for state in stage.fake_optimiser.state.values()]
+    assert set(steps) == {3}
+
+
+def critics_loss(stage, tokens, given):
+    """How badly the critic tells real rows from generated ones; 2 ln 2 by chance."""
+    student = stage.student
+    rng = generator(9)
+    clean = student.embedded(tokens)
+    x = student.generate(student.begin(given, rng), given)
+    t = torch.full((len(tokens),), .8)
+    _, fake = stage.fake(student.corrupt(x, clean, given, t, rng), given, t)
+    _, real = stage.fake(student.corrupt(clean, clean, given, t, rng), given, t)
+    softplus = torch.nn.functional.softplus
+    return (softplus(-real) + softplus(fake)).mean().item()
+
+
+@torch.no_grad()
+def test_critic_learns_to_tell_generated_rows():
+    """A critic that is never trained, or to the contrary."""
+    _, _, stage, tokens, given = score_stage('--adversarial', .1)
+    clean = stage.student.embedded(tokens)
+    before = critics_loss(stage, tokens, given)
+
+    rng = generator()
+    with torch.enable_grad():
+        for _ in range(40):
+            stage.fake_step(clean, given, rng)
+
+    assert critics_loss(stage, tokens, given) < before - .3
+
+
+@torch.no_grad()
+def test_student_is_to_please_the_critic():
+    """The sign of the adversarial term, or a weight that does nothing."""
+    student, _, stage, tokens, given = score_stage('--adversarial', .5)
+    clean = student.embedded(tokens)
+
+    losses = []
+    for weight, bias in ((0., 0.), (.5, -2.), (.5, 2.)):
+        stage.o.adversarial = weight
+        stage.fake.critic.weight.zero_()
+        stage.fake.critic.bias.fill_(bias)
+        losses.append(stage.student_loss(clean, given, generator())[0].item())
+
+    # .5 softplus(-logit)
+    assert losses[1] - losses[0] == pytest.approx(.5 * math.log1p(math.exp(2)), abs=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(.5 * math.log1p(math.exp(-2)), abs=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# Refining
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('more', [{'two_time': True}, {'model': 'diffuseq', 'start': .25}])
+def test_refining_learns_the_noise_whose_text_is_least_sure(more):
+    """The easiest of several noises, on which nothing is left to learn."""
+    student = tiny(**more)
+    teacher = tiny(model=student.config.model, seed=1)
+    given = nothing_given(20)
+    stage = distill.Refine(student, student, teacher, Namespace(noises=4, leg=.1))
+
+    hardest = stage.hardest(given, generator())
+
+    rng = generator()
+    tries = torch.stack([student.begin(given, rng) for _ in range(4)])
+    sure = []
+    for h in tries:
+        log_p = stage.one_call(student, h, given).log_softmax(-1)
+        sure.append(log_p.amax(-1).mean(1))
+    want = tries[torch.stack(sure).argmin(0), torch.arange(20)]
+    assert torch.equal(hardest, want)
+
+
+@torch.no_grad()
+def test_refined_flow_map_aims_at_what_the_teacher_sees():
+    """A target that is the guide's own text, from which nothing can be learnt."""
+    student = tiny(two_time=True)
+    guide = tiny(two_time=True, seed=2)
+    teacher = tiny(seed=1)
+    given = nothing_given(20)
+    stage = distill.Refine(student, guide, teacher, Namespace(noises=1, leg=.1))
+
+    loss, _ = stage(None, given, (), generator())
+
+    h = student.begin(given, generator())
+    start = torch.zeros(20)
+    near = start + .9
+    p = guide.predict(h, given, start, near).softmax(-1)
+    target = teacher.predict(guide.jump(h, p, given, start, near), given, near).softmax(-1)
+    log_p = student.predict(h, given, start, start + 1).log_softmax(-1)
+    assert torch.allclose(loss, -(target * log_p).sum(-1).mean(), atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# Time pairs and batches
+
+
+def test_shares_of_time_pairs():
+    """Shares that depend on how a batch is cut: the method would change with the processes."""
+    s, t, kind = distill.time_pairs(512, .5, 1 / 32, generator())
+
+    assert torch.bincount(kind).tolist() == [256, 8, 248]
+    assert torch.equal(kind, kind.sort().values)
+    assert torch.equal(s[kind == 0], t[kind == 0])
+    assert s[kind == 1].tolist() == [0] * 8
+    assert t[kind == 1].tolist() == [1] * 8
+
+
+@pytest.mark.parametrize('n, diagonal, boundary, numbers', [
+    (4, .5, 1 / 32, [2, 1, 1]),
+    (8, .25, .5, [2, 3, 3]),
+    (8, .5, 0., [4, 0, 4]),
+    (8, 0., 1., [0, 8, 0]),
+    (8, 1., .5, [8, 0, 0]),
+    (1, 0., .1, [0, 1, 0]),
+])
+def test_shares_of_few_time_pairs(n, diagonal, boundary, numbers):
+    """No row at (0, 1), the only jump that one call needs."""
+    _, _, kind = distill.time_pairs(n, diagonal, boundary, generator())
+
+    assert torch.bincount(kind, minlength=3).tolist() == numbers
+
+
+def test_law_of_time_pairs():
+    """Jumps of another law than the paper's: lengths uniform, then starts uniform."""
+    s, t, _ = distill.time_pairs(100_000, 0., 0., generator())
+
+    length = t - s
+    start = s / (1 - length)
+    levels = torch.linspace(.1, .9, 9)
+    assert (length.quantile(levels) - levels).abs().max() < .01
+    assert (start.quantile(levels) - levels).abs().max() < .01
+    assert torch.corrcoef(torch.stack([length, start]))[0, 1].abs() < .02
+    assert s.min() >= 0
+    assert t.max() <= 1
+
+
+def test_diagonal_times_are_stratified():
+    """Times of the diagonal in clumps."""
+    s, _, kind = distill.time_pairs(64, .5, .1, generator())
+
+    stretch = (s[kind == 0] * 32).long()
+    assert sorted(stretch.tolist()) == list(range(32))
+
+
+class Recorder:
+    """A stage that takes note of the rows it is asked for, and learns nothing."""
+
+    def __init__(self):
+        self.kinds = []
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def parameters(self):
+        return [self.weight]
+
+    def __call__(self, tokens, given, times, rng):
+        self.kinds.append(torch.bincount(times[2], minlength=3).tolist())
+        return self.weight + tokens.float().mean(), {}
+
+
+@pytest.mark.parametrize('parts', [1, 2, 4, 8])
+def test_parts_of_a_batch_see_all_kinds_of_jumps(parts):
+    """1/32 asked for, 1/4 given, as soon as a batch is computed in parts."""
+    tokens = torch.arange(512)[:, None].expand(-1, 6)
+    times = distill.time_pairs(512, .5, 1 / 32, generator())
+    stage = Recorder()
+    means = distill.Means()
+    o = Namespace(parts=parts, seed=0)
+    alone = Namespace(rank=0, world=1)
+
+    distill.backward(stage, stage, (tokens, tokens, times), 0, o, alone, means)
+
+    assert stage.kinds == [[256 // parts, 8 // parts, 248 // parts]] * parts
+    # a part counts as its share of the batch
+    assert stage.weight.grad == 1
+    assert means.loss() == pytest.approx(255.5)
+
+
+def models_meta_of(kind='rows', pairs=False):
+    special = {'<eos>': 996, '<pad>': 997, '<sep>': 998, '<bos>': 999}
+    return {'length': 8, 'kind': kind, 'pairs': pairs, 'special': special}
+
+
+def batch_of(n, kind='rows', pairs=False, share=0., seed=0, ids=None):
+    """tokens, given, tau of rows that are cut from 0, 1, 2, ..."""
+    ids = np.arange(800, dtype=np.uint16) if ids is None else ids
+    return train_teacher.get_batch(ids, models_meta_of(kind, pairs), n, share, generator(seed), CPU)
+
+
+@pytest.mark.parametrize('kind, starts', [('rows', 8), ('stream', 1)])
+def test_batches_are_cut_where_rows_begin(kind, starts):
+    """Rows shifted against each other; the last row of the data never seen."""
+    tokens, _, _ = batch_of(5000, kind)
+
+    assert torch.equal(tokens - tokens[:, :1], torch.arange(8).expand(5000, 8))
+    assert (tokens[:, 0] % starts == 0).all()
+    assert len(tokens[:, 0].unique()) > .9 * 800 / starts
+    assert tokens[:, 0].min() == 0
+    assert tokens[:, 0].max() == 792
+    assert torch.equal(tokens, batch_of(5000, kind)[0])
+
+
+def test_times_of_a_batch_are_stratified_in_every_part():
+    """A part of the batch that sees early times only."""
+    _, _, tau = batch_of(64)
+
+    assert sorted((tau * 64).long().tolist()) == list(range(64))
+    for part in range(4):
+        assert sorted((tau[part::4] * 16).long().tolist()) == list(range(16))
+    assert tau.min() >= 0
+    assert tau.max() < 1
+
+
+@pytest.mark.parametrize('share', [0., .1, 1.])
+def test_share_of_rows_with_given_tokens(share):
+    """Prompts in all rows, or in none; given tokens that are others than the row's."""
+    tokens, given, _ = batch_of(4000, share=share)
+
+    known = given >= 0
+    assert torch.equal(given[known], tokens[known])
+    assert (given[~known] == -1).all()
+    if share == 0:
+        assert not known.any()
+        return
+    # every eighth prefix, and some scattered sets, are empty
+    rows = known.any(1)
+    assert .8 * share < rows.float().mean() <= share * 1.1
+    prefixes = known[rows].long().diff(dim=1).max(1).values <= 0
+    assert .4 < prefixes.float().mean() < .7
+    # where nothing is left to be written nothing is learnt
+    assert known.all(1).float().mean() < .06 * share
+
+
+def up_to_by_hand(row, end):
+    """The row up to its first `end`, then -1."""
+    n = row.index(end) + 1
+    return row[:n] + [-1] * (len(row) - n)
+
+
+def test_sources_of_pairs_are_given():
+    """A source without its <sep>, or given up to a later one."""
+    sep = 998
+    row = np.array([5, 6, sep, 997, 7, sep, 8, 996])
+    rows = np.stack([row, row[::-1], np.roll(row, 2)])
+
+    tokens, given, _ = batch_of(50, pairs=True, share=1., ids=rows.flatten().astype(np.uint16))
+
+    want = [up_to_by_hand(x, sep) for x in tokens.tolist()]
+    assert given.tolist() == want
+    assert len(given[:, 0].unique()) == 3
+
+
+# -----------------------------------------------------------------------------
+# Presets
+
+# the papers' own values, see arXiv:2602.16813, 2210.08933 and 2404.04057
+FLM = dict(
+    layers=12, width=768, heads=12, channels=768, dropout=.1, gate=0., axis='paper', given=0.,
+    anchor=0., all_positions=False, optimiser='adamw', lr=3e-4, beta2=.999, clip=1., warmup=2500,
+    decay=0., ema=.9999, batch=512, iters=1_000_000)
+DIFFUSEQ = {
+    **FLM, 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0, 'decay': 1.,
+    'batch': 2048, 'iters': 50_000}
+FMLM = dict(
+    method='semigroup', diagonal=.5, boundary=1 / 32, given=0., dropout=.1, optimiser='adamw',
+    lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=100_000)
+SID = dict(
+    loss='sid', alpha=1., fake_ratio=1, adversarial=0., row_noise=False, lr=1e-5, clip=0.,
+    warmup=0, decay=0., ema=.9999)
+
+
+@pytest.mark.parametrize('script, kind, values', [
+    (train_teacher, 'flm', FLM),
+    (train_teacher, 'mdlm', FLM),
+    (train_teacher, 'ar', FLM),
+    (train_teacher, 'diffuseq', DIFFUSEQ),
+    (distill, 'flow map', FMLM),
+    (distill, 'score', SID),
+])
+@pytest.mark.parametrize('words, device', [(('--preset', 'paper'), 'cpu'), ((), 'cuda')])
+def test_preset_of_the_papers(script, kind, values, words, device):
+    """"The paper's settings" that are not the paper's."""
+    o = options(script, *words, kind=kind, device=device)
+
+    assert {name: getattr(o, name) for name in values} == values
+    assert o.preset == 'paper'
+
+
+@pytest.mark.parametrize('device', ['cpu', 'mps'])
+@pytest.mark.parametrize('script, kind', [(train_teacher, 'flm'), (distill, 'flow map')])
+def test_a_machine_without_cuda_gets_laptop_settings(script, kind, device):
+    """A laptop that trains the paper's model for years."""
+    o = options(script, kind=kind, device=device)
+
+    assert o.preset == 'laptop'
+    assert o.iters <= 1200
+    assert o.batch == 64
+
+
+def test_learning_rates_of_the_papers():
+    """A rate that falls where the paper's stays, or the other way round."""
+    def factors(script, kind, its):
+        o = options(script, '--preset', 'paper', kind=kind)
+        return [train_teacher.learning_rate_factor(it, o) for it in its]
+
+    assert factors(train_teacher, 'flm', [0, 1249, 2499, 999_999]) == [1 / 2500, .5, 1, 1]
+    assert factors(distill, 'flow map', [0, 1249, 2499, 99_999]) == [1 / 2500, .5, 1, 1]
+    assert factors(train_teacher, 'diffuseq', [0, 25_000, 49_999]) == [1, .5, 1 / 50_000]
+    assert factors(distill, 'score', [0, 49_999]) == [1, 1]
+
+
+def words_for(name, value):
+    """The command line that sets an option to another value, and that value."""
+    flag = '--' + name.replace('_', '-')
+    other = {'optimiser': ('adamw', 'muon'), 'axis': ('paper', 'uniform'),
+             'method': ('eulerian', 'lagrangian')}
+    if isinstance(value, bool):
+        return [flag.replace('--', '--no-') if value else flag], not value
+    if isinstance(value, str):
+        a, b = other[name]
+        return [flag, a if value == b else b], a if value == b else b
+    new = 7 if isinstance(value, int) else .625
+    return [flag, str(new)], new
+
+
+@pytest.mark.parametrize('preset', ['laptop', 'paper'])
+@pytest.mark.parametrize('script, kinds', [
+    (train_teacher, ('flm', 'diffuseq', 'mdlm', 'ar')), (distill, ('flow map', 'score', 'refine'))])
+def test_every_option_overrides_a_preset(script, kinds, preset):
+    """A value given by hand that the preset puts aside, as if it were none (0, or no)."""
+    for kind in kinds:
+        for name, value in script.PRESETS[preset, kind].items():
+            words, want = words_for(name, value)
+            o = options(script, '--preset', preset, *words, kind=kind)
+            assert getattr(o, name) == want
+    # what is given as 0 is not what is left out
+    assert options(script, '--preset', preset, '--dropout', '0', kind=kinds[0]).dropout == 0
+
+
+@pytest.mark.parametrize('script', [train_teacher, distill])
+def test_help_names_every_option_and_both_presets(script, capsys):
+    """An option that nobody can find."""
+    with pytest.raises(SystemExit) as end:
+        script.parse(['-h'])
+
+    text = ' '.join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name in vars(script.parse([])):
+        flag = '--no-compile' if name == 'compile' else name.replace('_', '-')
+        assert flag in text
+    for name, value in script.LAPTOP.items():
+        assert f'[laptop {value}, paper {script.PAPER[name]}]' in text
+
+
+# -----------------------------------------------------------------------------
+# Runs of the real scripts on a dozen rows: six dates in two forms each
+
+
+def run_main(script, *words):
+    """A script's main() with a command line, on the CPU."""
+    script.main(script.parse([str(word) for word in ('--device', 'cpu', *words)]))
+
+
+# a model that trains in no time
+SMALL = ('--layers', 1, '--width', 32, '--heads', 2, '--channels', 8, '--batch', 4)
+
+
+def write_dates(folder, days, length=23):
+    """A data set of dates, the same rows for training and validation."""
+    every = prepare_data.dates()[::97]
+    spec = prepare_data.make_tokenizer('dates', [text for pair in every for text in pair])
+    pairs = []
+    for day in days:
+        forms = prepare_data.date_forms(day)
+        pairs += [(day, forms[1]), (day, forms[6])]
+    rows, _ = prepare_data.pack_rows(prepare_data.make_encoding(spec), pairs, length)
+    prepare_data.save_dataset(folder, rows, rows, spec, kind='rows', pairs=True, length=length,
+                              source='test')
+
+
+def write_bytes(folder, length=23):
+    """A data set of another tokenizer."""
+    spec = prepare_data.make_tokenizer('byte', [])
+    ids = np.arange(20 * length) % 256
+    prepare_data.save_dataset(folder, ids, ids, spec, kind='stream', pairs=False, length=length,
+                              source='test')
+
 
 @pytest.fixture(scope='module')
 def dozen(tmp_path_factory):
-    """A dozen rows, six dates in two forms each, through the real scripts' main()."""
-    folder, every = tmp_path_factory.mktemp('dozen'), prepare_data.dates()
-    assert len(every) == 73049 * 8 == len(set(every)) and every[-1][0] == '2099-12-31'
+    """data, its teacher, and the student of one call in two stages; other data beside it."""
+    folder = tmp_path_factory.mktemp('dozen')
     days = ['1987-03-23', '2001-12-04', '1912-08-30', '2076-10-15', '1944-06-11', '2033-01-27']
-    pairs = [(day, prepare_data.date_forms(day)[form]) for day in days for form in (1, 6)]
-    spec = prepare_data.make_tokenizer('dates', [x for pair in every[::97] for x in pair])
-    rows, _ = prepare_data.pack_rows(encoding(spec), pairs, 23)
-    write_dataset(folder / 'data', rows, rows, spec, kind='rows', pairs=True, length=23)
-    o = dict(device='cpu', batch=32, eval_every=10 ** 6)
-    run(train_teacher, data=f'{folder}/data', out=f'{folder}/teacher', iters=300, layers=2,
-        width=64, code=2, axis='1', **o)
-    for more in (dict(iters=150), dict(guide=f'{folder}/student', iters=200)):
-        run(distill, teacher=f'{folder}/teacher', lr=4e-3, muon_lr=0.03, **more, **o)
+    write_dates(folder / 'data', days)
+    write_dates(folder / 'other-days', days[::-1])
+    write_bytes(folder / 'bytes')
+    often = ('--batch', 32, '--eval-every', 10 ** 6)
+    run_main(train_teacher, '--data', folder / 'data', '--out', folder / 'teacher', '--iters', 300,
+        '--layers', 2, '--width', 64, '--channels', 2, '--axis', 'paper', *often)
+    fast = ('--lr', 4e-3, '--muon-lr', .03)
+    run_main(distill, folder / 'teacher', '--iters', 150, '--rollout', 4, *fast, *often)
+    run_main(distill, folder / 'teacher', '--guide', folder / 'student', '--iters', 200, *fast,
+             *often)
     return folder
 
-def test_overfit_a_dozen_rows_in_one_call(dozen):
-    meta, train, _ = train_teacher.load_data(dozen / 'data')
-    known = train_teacher.up_to(sample.as_rows(train, 23).repeat(40, 1), meta, '<sep>')
-    before, after = (sample.health(sample.write(load(dozen / x)[0], known, 1, 0)[0], meta)['valid']
-                     for x in ('teacher', 'one-call'))
-    assert after >= max(0.95, before + 0.2), (before, after)        # .69 and .97 in trials
 
-@pytest.mark.parametrize('script, more', [(train_teacher, dict(data='data', layers=1, dropout=.1)),
-    (distill, dict(teacher='teacher', method='lagrangian')),
-    (distill, dict(teacher='teacher', guide='student'))])
-def test_stopped_and_resumed_is_never_stopped(dozen, tmp_path, monkeypatch, script, more):
-    monkeypatch.chdir(dozen)
-    o, calls, update = dict(device='cpu', batch=4, iters=120, eval_every=110), [], script.update
-    run(script, out=f'{tmp_path}/a', **o, **more)
-    def stopping(*args):
-        calls.append(len(calls) == 49 and os.kill(os.getpid(), signal.SIGTERM))
-        return update(*args)
-    monkeypatch.setattr(script, 'update', stopping)
-    for resume in False, True:
-        run(script, out=f'{tmp_path}/b', resume=resume, **o, **more)
-    assert len(calls) == 120 and tensors(tmp_path / 'a') == tensors(tmp_path / 'b')
-    a, b = ([re.sub('"seconds": .*?,', '', x) for x in open(tmp_path / f'{y}/log.jsonl')
-             if '"iter": 50,' not in x] for y in 'ab')
-    assert a == b and len(a) > 1
-def tensors(folder):        # as bytes, all in its checkpoint: weights, average, optimisers, counts
+@pytest.fixture(scope='module')
+def small(dozen):
+    """Teachers and students that have hardly been trained, by the name of their folder."""
+    folder = dozen / 'small'
+    data = ('--data', dozen / 'data', *SMALL, '--iters', 2)
+    few = ('--batch', 4, '--iters', 2)
+    run_main(train_teacher, '--out', folder / 'flow/teacher', *data)
+    run_main(distill, folder / 'flow/teacher', *few)
+    for kind in ('diffuseq', 'mdlm', 'ar'):
+        run_main(train_teacher, '--model', kind, '--out', folder / kind / 'teacher', *data)
+    run_main(distill, folder / 'diffuseq/teacher', *few)
+    return folder
+
+
+def tensors(folder):
+    """All that a checkpoint holds, as bytes: weights, average, optimisers, counts."""
     with zipfile.ZipFile(folder / 'model.pt') as z:
         return [z.read(name) for name in z.namelist() if '/data/' in name]
 
+
+def files_in(folder):
+    """What is on the disk: every file's bytes by its name."""
+    return {str(path): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def valid_share(folder, path):
+    """How many of 480 texts, written in one call, are right."""
+    meta, train, _ = prepare_data.load_dataset(folder / 'data')
+    rows = torch.from_numpy(prepare_data.as_rows(train, 23)).repeat(40, 1)
+    known = train_teacher.up_to(rows, meta, '<sep>')
+    net, _ = models.load(folder / path)
+    written, _ = models.write_rows(net, known, 1, seed=0)
+    return prepare_data.health(written, meta)['valid']
+
+
+def test_overfit_a_dozen_rows_in_one_call(dozen):
+    """Anything at all that keeps a student from learning."""
+    before = valid_share(dozen, 'teacher')
+    after = valid_share(dozen, 'one-call')
+
+    assert after >= max(0.95, before + 0.2), (before, after)
+
+
+def records(folder):
+    """log.jsonl without what the clock says."""
+    lines = (folder / 'log.jsonl').read_text().splitlines()
+    return [re.sub('"seconds": .*?,', '', line) for line in lines]
+
+
+def stop_at_24(monkeypatch, script):
+    """Let a run get SIGTERM in its iteration 49; returns the list of calls of update."""
+    calls = []
+    update = script.update
+
+    def stopping(*args):
+        if len(calls) == 24:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return update(*args)
+
+    monkeypatch.setattr(script, 'update', stopping)
+    return calls
+
+
+# the first two are long enough for a record of a hundred iterations
+@pytest.mark.parametrize('script, iters, words', [
+    (train_teacher, 110, ('--data', 'data', *SMALL, '--dropout', .1)),
+    (distill, 110, ('small/flow/teacher', '--batch', 4, '--method', 'lagrangian')),
+    (train_teacher, 40, ('--data', 'data', *SMALL, '--model', 'diffuseq', '--dropout', .1)),
+    (distill, 40, ('small/flow/teacher', '--batch', 4, '--guide', 'small/flow/student')),
+    (distill, 40, ('small/diffuseq/teacher', '--batch', 4)),
+    (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--adversarial', .1, '--dropout', .1)),
+    (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--guide', 'small/diffuseq/student')),
+])
+def test_stopped_and_resumed_is_never_stopped(dozen, small, tmp_path, monkeypatch, script, iters,
+                                              words):
+    """A resumed run that has lost its noise, a moment of its optimiser, or a record of its log."""
+    monkeypatch.chdir(dozen)
+    words = (*words, '--iters', iters, '--eval-every', 35)
+    run_main(script, '--out', tmp_path / 'a', *words)
+    calls = stop_at_24(monkeypatch, script)
+
+    run_main(script, '--out', tmp_path / 'b', *words)
+    stopped_at = models.load(tmp_path / 'b')[1]['iter']
+    run_main(script, '--out', tmp_path / 'b', '--resume', *words)
+
+    assert stopped_at == 25
+    assert len(calls) == iters
+    assert tensors(tmp_path / 'a') == tensors(tmp_path / 'b')
+    assert records(tmp_path / 'a') == records(tmp_path / 'b')
+    assert len(records(tmp_path / 'a')) > 1
+
+
+@pytest.mark.parametrize('script, words', [
+    (train_teacher, ('--data', 'data', *SMALL, '--dropout', .1)),
+    (distill, ('small/flow/teacher', '--batch', 4, '--dropout', .1)),
+])
+def test_measuring_does_not_change_a_run(dozen, small, tmp_path, monkeypatch, script, words):
+    """A run that learns something else when it is looked at more often."""
+    monkeypatch.chdir(dozen)
+
+    for every in (7, 100):
+        out = tmp_path / str(every)
+        run_main(script, '--out', out, '--iters', 20, '--eval-every', every, *words)
+
+    assert tensors(tmp_path / '7') == tensors(tmp_path / '100')
+
+
+def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(small, tmp_path):
+    """A student that no longer speaks its teacher's language."""
+    before = files_in(small / 'diffuseq/teacher')
+
+    run_main(distill, small / 'diffuseq/teacher', '--iters', 3, '--eval-every', 2, '--batch', 8,
+        '--adversarial', 1e-4, '--out', tmp_path)
+
+    teacher, _ = models.load(small / 'diffuseq/teacher')
+    student, _ = models.load(tmp_path)
+    assert files_in(small / 'diffuseq/teacher') == before
+    assert torch.equal(teacher.net.embed, student.net.embed)
+    assert torch.equal(teacher.bias, student.bias)
+    assert not torch.equal(teacher.net.head.weight, student.net.head.weight)
+    # one noise for all positions
+    assert student.begin(nothing_given(2, 6)).var(1).max() < 1e-9
+
+
+# -----------------------------------------------------------------------------
+# What may happen to a run
+
+
+def newest_save(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 @pytest.mark.parametrize('n', [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_kill_at_any_moment(dozen, tmp_path, n):
-    context, rng, last = multiprocessing.get_context('forkserver'), random.Random(0), 0
-    context.set_forkserver_preload(['torch'])           # so that a child is at work soon
-    o = dict(data=f'{dozen}/data', device='cpu', batch=4, layers=1, width=32, eval_every=2)
-    path, saved = tmp_path / 'out/model.pt', 0
+    """Half a checkpoint, half a record of the log, or temporary files that pile up."""
+    context = multiprocessing.get_context('forkserver')
+    # so that a child is at work soon
+    context.set_forkserver_preload(['torch'])
+    rng = random.Random(0)
+    path = tmp_path / 'out/model.pt'
+    words = ['--data', dozen / 'data', '--out', tmp_path / 'out', *SMALL, '--eval-every', 2,
+             '--iters', 10 ** 6, '--device', 'cpu']
+    last = 0
     for _ in range(n):
-        one = train_teacher.Options(out=f'{tmp_path}/out', resume=last > 0, iters=10 ** 6, **o)
-        (child := context.Process(target=train_teacher.main, args=(one,))).start()
-        while child.is_alive() and not (path.exists() and path.stat().st_mtime_ns > saved):
+        o = train_teacher.parse([str(x) for x in words + (['--resume'] if last else [])])
+        saved = newest_save(path)
+        child = context.Process(target=train_teacher.main, args=(o,))
+        child.start()
+        while child.is_alive() and newest_save(path) == saved:
             time.sleep(0.1)
-        time.sleep(2 * rng.random()), child.kill(), child.join()
-        assert all(json.loads(line) for line in open(tmp_path / 'out/log.jsonl'))
-        saved, last, before = path.stat().st_mtime_ns, load(path)[1]['iter'], last
-        assert last > before and len([*path.parent.iterdir()]) <= 3         # one .tmp at most
+        time.sleep(2 * rng.random())
+        child.kill()
+        child.join()
+
+        # every record is whole, every save is further than the one before
+        for line in open(tmp_path / 'out/log.jsonl'):
+            json.loads(line)
+        before = last
+        last = models.load(path)[1]['iter']
+        assert last > before
+        # one temporary file at most
+        assert len(list(path.parent.iterdir())) <= 3
+
 
 @pytest.mark.parametrize('n', [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_damage_is_noticed(dozen, n):
-    rng, files = random.Random(0), [dozen / 'teacher/model.pt', *(dozen / 'data').glob('*.*')]
+def test_damage_of_a_checkpoint_or_of_data_is_noticed(dozen, n):
+    """A bit that has flipped, trained on or sampled from in silence."""
+    rng = random.Random(0)
+    files = [dozen / 'teacher/model.pt', *sorted((dozen / 'data').glob('*.*'))]
     before = tensors(dozen / 'teacher')
     for i in range(n):
-        at = rng.randrange(len(whole := (path := files[i % 4]).read_bytes()))
-        flip = whole[:at] + bytes([whole[at] ^ 1 << i % 8]) + whole[at + 1:]
-        path.write_bytes((whole[:at], flip, whole[:at] + bytes(64) + whole[at + 64:])[i // 4 % 3])
-        try:            # a bit of no importance may differ, if the tensors do not
-            load(files[0]), train_teacher.load_data(dozen / 'data')
-            assert path == files[0] and tensors(dozen / 'teacher') == before
-        except SystemExit as e:
-            assert e.code == 2
-        path.write_bytes(whole)
+        path = files[i % 4]
+        whole = path.read_bytes()
+        at = rng.randrange(len(whole))
+        flipped = whole[:at] + bytes([whole[at] ^ 1 << i % 8]) + whole[at + 1:]
+        zeros = whole[:at] + bytes(64) + whole[at + 64:]
+        path.write_bytes([whole[:at], flipped, zeros][i // 4 % 3])
+        try:
+            models.load(files[0])
+            prepare_data.load_dataset(dozen / 'data')
+            # a bit of no importance may differ, if the tensors do not
+            assert path == files[0]
+            assert tensors(dozen / 'teacher') == before
+        except SystemExit as end:
+            assert end.code == 2
+        finally:
+            path.write_bytes(whole)
 
-def test_two_runs_a_full_disk_and_numbers_that_are_none(dozen, tmp_path, capsys):
-    o = dict(data=f'{dozen}/data', out=f'{tmp_path}', device='cpu', batch=4, layers=1, width=32)
-    run(train_teacher, iters=2, **o)
-    before, nan = tensors(tmp_path), [torch.tensor(math.nan)] * 9
-    for name, effect, said in (('os.fsync', OSError(28, 'No space left'), 'No space left'),
-                               ('fcntl.lockf', OSError(11, 'Busy'), 'another run'),
-                               ('torch.nn.utils.clip_grad_norm_', nan, 'not finite')):
-        with pytest.raises(SystemExit), mock.patch(name, side_effect=effect):
-            run(train_teacher, iters=3, **o)
-        assert said in capsys.readouterr().err and tensors(tmp_path) == before
 
-def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, tmp_path, monkeypatch):
-    monkeypatch.chdir(dozen), torch.set_num_threads(1)          # as torchrun gives each process
-    monkeypatch.setattr('distill.CHUNK', {'cpu': 23 * train_teacher.load_data('data')[0]['vocab']})
-    for script, key, flag, n in (train_teacher, 'data', '--data', 2), (distill, 'teacher', '', 0):
-        one, two, o = tmp_path / f'{key}-1', tmp_path / f'{key}-2', '--device cpu --batch 8 --iters'
-        run(script, **{key: key}, device='cpu', batch=8, iters=20, parts=n, out=str(one))
-        line = [*f'{sys.executable} -m torch.distributed.run --nproc_per_node=2'.split(),
-                script.__file__, *f'{flag} {key} {o} 20 --eval-every 10 --out {two}'.split()]
-        child = subprocess.Popen(line)
-        while child.poll() is None and not (two / 'model.pt').exists():
-            time.sleep(0.01)
-        half, status = (two / 'model.pt').read_bytes(), child.wait()
-        a, b, whole = load(one)[1]['model'], load(two)[1]['model'], tensors(two)
-        assert status == 0 and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
-        (two / 'model.pt').write_bytes(half), subprocess.run([*line, '--resume'], check=True)
-        assert tensors(two) == whole and torch.load(io.BytesIO(half))['iter'] == 10
-def prepared(path, name, **options):    # what prepare_data.py makes: meta, train and val, decoder
-    run(prepare_data, name=name, input=(str(path),), data=str(path.parent), **options)
-    meta, *ids = train_teacher.load_data(path.parent / name)
-    return meta, *ids, encoding(meta['tokenizer'])
+def refusal(capfd, script, *words):
+    """The one line on stderr with which a command is refused; on stdout there is nothing."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_main(script, *words)
+    out, err = capfd.readouterr()
+    assert end.value.code == 2, err
+    assert err.count('\n') == 1, err
+    assert err.endswith('\n')
+    assert out == ''
+    return err
 
-def test_prepare_text_pairs_and_lm1b_from_a_parquet_file(tmp_path):
-    text = 'The cat sat on the mat. The dog sat on the \u00e9\u4e16.\r\n' * 40 + 'x' * 10 ** 7
-    (path := tmp_path / 'a.txt').write_text(text, encoding='utf-8')
-    meta, train, val, enc = prepared(path, 'toy', tokenizer='bpe:300', length=8, val=0.2)
-    row = sample.known_row(meta, enc, sample.Options(infill='a _ b'), '')[0]   # one hole, one token
-    assert enc.decode(row[row >= 0].tolist()) == 'a b' and (row[:3] < 0).tolist() == [0, 1, 0]
-    assert enc.decode([*train, *val]) == text.replace('\r\n', '\n') + '<eos>'
-    assert enc.decode(enc.encode_ordinary('Any bytes: \u2603')) == 'Any bytes: \u2603'
-    (vocab := tmp_path / 'vocab.txt').write_text('[UNK]\nthe\ncat\nun\n##able\n.')
-    enc = encoding(prepare_data.make_tokenizer(f'bert:{vocab}', []))
-    assert prepare_data.encode(enc, 'The unable C\u00e1t.') == [1, 3, 4, 2, 5]
-    (path := tmp_path / 'b.jsonl').write_text('\n'.join(
-        json.dumps({'src': f'what is {i}', 'trg': f'tell me {i // 2}'}) for i in range(50)))
-    meta, *ids, enc = prepared(path, 'pairs', tokenizer='byte', length=24)
-    train, val = (sample.to_texts(sample.as_rows(x, 24), meta, enc) for x in ids)
-    assert all(target == f'tell me {int(source[8:]) // 2}' for source, target in train + val)
-    assert set(sum(train, ())).isdisjoint(sum(val, ()))
-    texts, path = ['He said , " it \'s $ 5 ( not 6 ) . "'] * 50, tmp_path / 'c.parquet'
-    datasets.Dataset.from_dict({'text': texts}).to_parquet(path)
-    _, train, val, enc = prepared(path, 'lm1b', tokenizer='byte', length=16)
-    clean = enc.decode([*train, *val])
-    assert len(val) == len(train) // 9 and clean == 'He said, "it\'s $5 (not 6)."<eos>' * 50
 
-def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(dozen, tmp_path):
-    o, path = dict(device='cpu', iters=3, eval_every=2, batch=8), f'{tmp_path}/teacher'
-    run(train_teacher, model='diffuseq', data=f'{dozen}/data', out=path, layers=2, width=32, **o)
-    run(distill, teacher=path, adversarial=1e-4, **o)
-    a, b = (load(tmp_path / who)[0] for who in ('teacher', 'student'))
-    assert torch.equal(a.net.embed, b.net.embed) and torch.equal(a.bias, b.bias)
-    assert b.begin(torch.full((2, 6), -1)).var(1).max() < 1e-9      # one noise for all positions
-    assert not torch.equal(a.net.head.weight, b.net.head.weight)
+def failing(error):
+    def fails(*args, **how):
+        raise error
+    return fails
 
-def test_text_distances_by_hand_and_against_repetition():
-    assert abs(bench.jensen_shannon('aab', 'abb') - math.log(32 / 27) / 3) < 1e-9
-    texts = 'the cat sat on the mat today', ['the cat sat on the red mat']
-    theirs = sacrebleu.sentence_bleu(*texts, smooth_method='none', tokenize='none')
-    assert abs(bench.bleu(*texts) - theirs.score / 100) < 1e-6
-    # each of 40 words is followed by few others: a text whose perplexity is known exactly
-    chain = (rng := np.random.default_rng(0)).dirichlet(np.full(40, .2), 40)
-    real, other = ([[w := 0] + [w := int(rng.choice(40, p=chain[w])) for _ in range(23)]
-                    for _ in range(400)] for _ in range(2))
-    def nats(row):
-        return -np.mean([np.log(chain[a, b]) for a, b in zip(row, row[1:])])
-    fooling = sorted((row[:12] * 2 for row in real), key=nats)[:7] * 57     # likely n-grams again
-    assert np.mean([*map(nats, fooling)]) < np.mean([*map(nats, real)])     # fluent, it seems
-    assert sample.entropy_of(fooling[0]) > 0.7 * sample.entropy_of(real[0])     # and healthy
-    assert abs(bench.energy_distance(other, real)) < 0.1 < bench.energy_distance(fooling, real)
-    grams = [[g for row in rows for g in bench.ngrams(row, 3)] for rows in (real, other, fooling)]
-    assert bench.jensen_shannon(grams[2], grams[0]) > 2 * bench.jensen_shannon(grams[1], grams[0])
+
+def commands(dozen, small):
+    """A command of each script, by its name."""
+    return {'teacher': (train_teacher, '--data', dozen / 'data', *SMALL),
+            'student': (distill, small / 'flow/teacher', '--batch', 4)}
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_a_full_disk_leaves_the_last_save(dozen, small, tmp_path, monkeypatch, capfd, name):
+    """Half a file under the name of a whole one."""
+    script, *words = commands(dozen, small)[name]
+    run_main(script, '--out', tmp_path, '--iters', 2, *words)
+    before = tensors(tmp_path)
+
+    monkeypatch.setattr(os, 'fsync', failing(OSError(28, 'No space left')))
+    with pytest.raises(SystemExit) as end:
+        run_main(script, '--out', tmp_path, '--iters', 3, '--overwrite', *words)
+
+    assert end.value.code == 2
+    assert 'No space left' in capfd.readouterr().err
+    assert tensors(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['log.jsonl', 'model.pt']
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_two_runs_do_not_write_to_one_folder(dozen, small, tmp_path, monkeypatch, capfd, name):
+    """Two runs that replace each other's saves and mix their records."""
+    fcntl = pytest.importorskip('fcntl')
+    script, *words = commands(dozen, small)[name]
+    run_main(script, '--out', tmp_path, '--iters', 2, *words)
+    before = files_in(tmp_path)
+    monkeypatch.setattr(fcntl, 'lockf', failing(OSError(11, 'Busy')))
+
+    message = refusal(capfd, script, '--out', tmp_path, '--iters', 3, '--overwrite', *words)
+
+    assert 'another run' in message
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_numbers_that_are_none_end_a_run(dozen, small, tmp_path, monkeypatch, capfd, name):
+    """Weights that are nan, saved over good ones."""
+    script, *words = commands(dozen, small)[name]
+    run_main(script, '--out', tmp_path, '--iters', 2, *words)
+    before = tensors(tmp_path)
+    nan = torch.tensor(math.nan)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *args: nan)
+
+    with pytest.raises(SystemExit) as end:
+        run_main(script, '--out', tmp_path, '--iters', 3, '--overwrite', *words)
+
+    assert end.value.code == 2
+    assert 'not finite' in capfd.readouterr().err
+    assert tensors(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite_is_noticed(dozen, tmp_path, monkeypatch, capfd):
+    """A loss of nan whose gradient is finite."""
+    loss = models.OneHotFlow.loss
+    monkeypatch.setattr(models.OneHotFlow, 'loss', lambda *args: loss(*args) + math.nan)
+
+    with pytest.raises(SystemExit):
+        run_main(train_teacher, '--data', dozen / 'data', '--out', tmp_path, *SMALL, '--iters', 1)
+
+    assert 'tau bins' in capfd.readouterr().err
+    assert not (tmp_path / 'model.pt').exists()
+
+
+# -----------------------------------------------------------------------------
+# Stopping
+
+
+def test_first_signal_says_so_and_the_second_loses_nothing(capfd):
+    """Minutes without a word, in which one presses Ctrl-C again and loses all."""
+    stopper = train_teacher.Stopper()
+    assert not stopper.asked()
+
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(.01)
+    first = capfd.readouterr().err
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(.01)
+    second = capfd.readouterr().err
+
+    assert stopper.asked()
+    assert 'stopping' in first
+    assert 'saving' in first
+    assert f'kill -9 {os.getpid()}' in second
+
+
+def note_order(monkeypatch, script, measure):
+    """Names in the order in which a script saves and measures; it is told to stop as it learns."""
+    order = []
+    save = script.save
+    update = script.update
+    look = getattr(script, measure)
+
+    def saving(*args, **how):
+        # a second signal, in the middle of the save
+        os.kill(os.getpid(), signal.SIGINT)
+        order.append('save')
+        save(*args, **how)
+
+    def measuring(*args, **how):
+        order.append('measure')
+        return look(*args, **how)
+
+    def stopping(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(script, 'save', saving)
+    monkeypatch.setattr(script, measure, measuring)
+    monkeypatch.setattr(script, 'update', stopping)
+    return order
+
+
+@pytest.mark.parametrize('every', [1, 100])
+@pytest.mark.parametrize('name, measure', [('teacher', 'validate'), ('student', 'measure')])
+def test_who_is_told_to_stop_saves_first(dozen, small, tmp_path, monkeypatch, capfd, name, measure,
+                                         every):
+    """Minutes of measuring between a signal and the save, in which torchrun kills the run."""
+    script, *words = commands(dozen, small)[name]
+    order = note_order(monkeypatch, script, measure)
+
+    run_main(script, '--out', tmp_path, '--iters', 9, '--eval-every', every, *words)
+
+    assert order[0] == 'save'
+    if every > 1:
+        assert order == ['save']
+    out, err = capfd.readouterr()
+    assert 'stopping after this iteration, saving' in err
+    assert 'stopped at iteration 1; the same command with --resume goes on' in out
+    assert models.load(tmp_path)[1]['iter'] == 1
+
+
+# -----------------------------------------------------------------------------
+# What a run is: nothing is replaced or mixed in silence
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_a_finished_model_is_not_replaced_unless_asked_to(dozen, small, tmp_path, capfd, name):
+    """A model of a week replaced by one of ten minutes."""
+    script, *words = commands(dozen, small)[name]
+    run_main(script, '--out', tmp_path, '--iters', 2, *words)
+    before = files_in(tmp_path)
+
+    for iters in (0, 1, 5):
+        message = refusal(capfd, script, '--out', tmp_path, '--iters', iters, *words)
+        assert 'holds a model of 2 iterations' in message
+        assert '--overwrite' in message
+    assert files_in(tmp_path) == before
+
+    run_main(script, '--out', tmp_path, '--iters', 1, '--overwrite', *words)
+    assert models.load(tmp_path)[1]['iter'] == 1
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_resume_needs_more_iterations_than_are_done(dozen, small, tmp_path, capfd, name):
+    """A loop that runs zero times and ends in a traceback."""
+    script, *words = commands(dozen, small)[name]
+    run_main(script, '--out', tmp_path, '--iters', 2, *words)
+    before = files_in(tmp_path)
+
+    for iters in (0, 1, 2):
+        message = refusal(capfd, script, '--out', tmp_path, '--iters', iters, '--resume', *words)
+        assert 'has 2 iterations already' in message
+    assert files_in(tmp_path) == before
+
+    run_main(script, '--out', tmp_path, '--iters', 3, '--resume', *words)
+    assert models.load(tmp_path)[1]['iter'] == 3
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_resume_without_a_model_is_refused(dozen, small, tmp_path, capfd, name):
+    """A run that is resumed from nothing, in the wrong folder."""
+    script, *words = commands(dozen, small)[name]
+
+    message = refusal(capfd, script, '--out', tmp_path / 'none', '--iters', 3, '--resume', *words)
+
+    assert 'no such checkpoint' in message
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('name, words, said', [
+    ('teacher', ('--data', '{dozen}/other-days'), 'the data is not what it was made from'),
+    ('teacher', ('--data', '{dozen}/bytes'), 'the data has another tokenizer'),
+    ('teacher', ('--batch', 8), '--batch was 4, now 8'),
+    ('teacher', ('--width', 64), '--width was 32, now 64'),
+    ('teacher', ('--model', 'diffuseq'), '--model was flm, now diffuseq'),
+    ('teacher', ('--optimiser', 'adamw'), '--optimiser was muon, now adamw'),
+    ('teacher', ('--all-positions',), '--all-positions was False, now True'),
+    ('teacher', ('--seed', 1), '--seed was 0, now 1'),
+    ('student', ('--data', '{dozen}/other-days'), 'the data is not what it was made from'),
+    ('student', ('--method', 'semigroup'), '--method was rollout, now semigroup'),
+    ('student', ('--lr', .5), '--lr was 0.002, now 0.5'),
+    ('student', ('{dozen}/teacher',), 'another teacher'),
+    ('student', ('--guide', '{small}/flow/student'), '--guide was '),
+])
+def test_resume_goes_on_only_as_what_a_run_was(dozen, small, capfd, name, words, said):
+    """Weights of one tokenizer with the meta of another, because the shapes are the same."""
+    script, *command = commands(dozen, small)[name]
+    words = [str(word).format(dozen=dozen, small=small) for word in words]
+    if '{dozen}/teacher' in words or words[0].startswith(str(dozen / 'teacher')):
+        command = command[1:]
+    before = files_in(dozen)
+
+    message = refusal(capfd, script, *command, *words, '--iters', 9, '--resume',
+                      '--out', small / 'flow' / name)
+
+    assert said in message
+    assert files_in(dozen) == before
+
+
+def test_resume_refines_with_the_same_guide_only(small, tmp_path, capfd):
+    """A guide that was trained anew meanwhile: half of the run aims elsewhere."""
+    guide = tmp_path / 'guide'
+    shutil.copytree(small / 'flow/student', guide)
+    command = (small / 'flow/teacher', '--guide', guide, '--batch', 4, '--out', tmp_path / 'out')
+    run_main(distill, *command, '--iters', 2)
+    net, ckpt = models.load(guide)
+    net.net.head.weight.data.add_(1)
+    torch.save({**ckpt, 'ema': net.state_dict()}, guide / 'model.pt')
+    before = files_in(tmp_path)
+
+    message = refusal(capfd, distill, *command, '--iters', 3, '--resume')
+
+    assert 'guide' in message
+    assert files_in(tmp_path) == before
+
+
+def test_a_run_may_go_on_elsewhere_and_longer(dozen, small, tmp_path):
+    """A check so strict that a moved folder cannot be resumed."""
+    for part in ('data', 'small/flow/teacher'):
+        shutil.copytree(dozen / part, tmp_path / part)
+    words = ('--data', tmp_path / 'data', '--batch', 4, '--iters', 2, '--out', tmp_path / 'moved')
+    run_main(distill, small / 'flow/teacher', *words)
+
+    teacher = tmp_path / 'small/flow/teacher/model.pt'
+    run_main(distill, teacher, *words, '--iters', 4, '--eval-every', 3,
+        '--resume', '--no-compile', '--preset', 'laptop')
+
+    assert models.load(tmp_path / 'moved')[1]['iter'] == 4
+
+
+# -----------------------------------------------------------------------------
+# The log
+
+
+def log_of(folder, start):
+    """The iterations in log.jsonl after it was opened to go on from `start`."""
+    train_teacher.open_log(folder, start).close()
+    return [json.loads(line)['iter'] for line in open(folder / 'log.jsonl')]
+
+
+@pytest.mark.parametrize('start, kept', [(0, []), (9, []), (10, [10]), (25, [10, 20]),
+                                         (99, [10, 20, 30])])
+def test_log_goes_on_where_the_checkpoint_is(tmp_path, start, kept):
+    """Records behind the last save twice in the log, or half a line in its middle."""
+    lines = [json.dumps({'iter': it, 'seconds': 1.0, 'loss': 2.0}) for it in (10, 20, 30)]
+    (tmp_path / 'log.jsonl').write_text('\n'.join(lines) + '\n{"iter": 40, "sec')
+
+    assert log_of(tmp_path, start) == kept
+
+
+def test_a_line_is_printed_every_ten_seconds(tmp_path, monkeypatch, capsys):
+    """Minutes without a word, because lines are counted in iterations."""
+    now = [0.0]
+    monkeypatch.setattr(train_teacher.time, 'time', lambda: now[0])
+    log = train_teacher.Log(tmp_path, 1000, 0, 64)
+
+    for it in range(60):
+        now[0] = float(it)
+        log.progress(it, lambda: torch.tensor(2.5))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split('/')[0]) for line in lines] == [5, 15, 25, 35, 45, 55]
+    assert all('loss 2.5' in line for line in lines)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    """Weights in place of their average, a model in training mode, or a config that is lost."""
+    net = tiny(two_time=True, dropout=.5).train()
+    ema = tiny(two_time=True, dropout=.5, seed=1)
+
+    models.save(tmp_path / 'model.pt', net, ema, iter=7, options={'lr': .1}, note='\u00e9')
+    loaded, ckpt = models.load(tmp_path)
+
+    assert loaded.config == net.config
+    assert not loaded.training
+    for name, p in loaded.state_dict().items():
+        assert torch.equal(p, ema.state_dict()[name])
+        assert torch.equal(net.state_dict()[name], ckpt['model'][name])
+    assert (ckpt['iter'], ckpt['options'], ckpt['note']) == (7, {'lr': .1}, '\u00e9')
+    assert ckpt['config'] == asdict(net.config)
+    assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
+
+
+class Evil:
+    """When it is unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ('owned',)
+
+
+def write_checkpoints():
+    """Files that are no checkpoints of this code, here; their names say why."""
+    net = tiny()
+    models.save('good.pt', net, net, iter=1)
+    good = torch.load('good.pt', weights_only=True)
+    torch.save({**good, 'format': 9}, 'format.pt')
+    torch.save({**good, 'note': Evil()}, 'evil.pt')
+    torch.save({'format': models.FORMAT, 'ema': Evil()}, 'evil-2.pt')
+    torch.save({**good, 'config': {**good['config'], 'width': 64}}, 'config.pt')
+    torch.save({**good, 'config': {**good['config'], 'colour': 64}}, 'unknown.pt')
+    torch.save([1, 2], 'list.pt')
+    Path('text.pt').write_text('no')
+    Path('empty.pt').write_text('')
+    Path('cut.pt').write_bytes(Path('good.pt').read_bytes()[:-99])
+    Path('folder.pt').mkdir()
+    Path('empty').mkdir()
+
+
+@pytest.mark.parametrize('name, said', [
+    ('format.pt', f'has format 9, this code reads format {models.FORMAT}'),
+    ('evil.pt', 'no whole checkpoint of this project (UnpicklingError)'),
+    ('evil-2.pt', 'no whole checkpoint of this project (UnpicklingError)'),
+    ('config.pt', 'weights and config do not fit'),
+    ('unknown.pt', 'weights and config do not fit'),
+    ('list.pt', 'no whole checkpoint'),
+    ('text.pt', 'no whole checkpoint'),
+    ('empty.pt', 'no whole checkpoint'),
+    ('cut.pt', 'no whole checkpoint'),
+    ('folder.pt', 'no such checkpoint'),
+    ('empty', 'no such checkpoint'),
+    ('missing', 'no such checkpoint'),
+    ('missing.pt', 'no such checkpoint'),
+    ('9' * 400, 'no such checkpoint'),
+])
+def test_what_is_no_checkpoint_is_refused_and_not_executed(
+        tmp_path, monkeypatch, capfd, name, said):
+    """A file from the net that runs code when it is loaded; a traceback for a wrong name."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoints()
+    before = files_in(tmp_path)
+
+    message = refusal(capfd, distill, name)
+
+    assert said in message
+    assert files_in(tmp_path) == before
+    assert not Path('owned').exists()
+
+
+# -----------------------------------------------------------------------------
+# Commands without a name take what was made last
+
+
+def put_teacher(small, kind, at, seconds):
+    """A copy of a teacher in out/, as if it was made at that time."""
+    shutil.copytree(small / kind / 'teacher', Path('out') / at / 'teacher')
+    os.utime(Path('out') / at / 'teacher/model.pt', (seconds, seconds))
+
+
+def test_newest_teacher_that_can_be_distilled_is_picked(small, tmp_path, monkeypatch, capfd):
+    """The baseline that was trained last, or the first teacher ever made; and not a word of it."""
+    monkeypatch.chdir(tmp_path)
+    put_teacher(small, 'diffuseq', 'a', 10 ** 9)
+    put_teacher(small, 'flow', 'b', 10 ** 9 + 1)
+    put_teacher(small, 'mdlm', 'c', 10 ** 9 + 2)
+    put_teacher(small, 'ar', 'd', 10 ** 9 + 3)
+    # a folder without a model is no model
+    (tmp_path / 'out/e/teacher').mkdir(parents=True)
+
+    run_main(distill, '--batch', 4, '--iters', 1)
+
+    assert 'flow map of out/b/teacher/model.pt' in capfd.readouterr().out
+    assert models.load('out/b/student')[1]['teacher']['path'] == 'out/b/teacher/model.pt'
+
+
+def test_no_teacher_that_can_be_distilled(small, tmp_path, monkeypatch, capfd):
+    """A baseline distilled, or advice that does not run."""
+    monkeypatch.chdir(tmp_path)
+
+    assert 'first run: python train_teacher.py' in refusal(capfd, distill)
+    put_teacher(small, 'mdlm', 'c', 10 ** 9)
+    assert 'first run: python train_teacher.py' in refusal(capfd, distill)
+
+
+def test_newest_data_is_trained_on_and_named(dozen, tmp_path, monkeypatch, capfd):
+    """Training on what was prepared first, in silence."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(('data', 'other-days', 'bytes')):
+        shutil.copytree(dozen / name, Path('data') / name)
+        os.utime(f'data/{name}/meta.json', (10 ** 9 - i, 10 ** 9 - i))
+
+    run_main(train_teacher, *SMALL, '--iters', 1)
+
+    assert 'tokens in data/data -> out/data/teacher' in capfd.readouterr().out
+    assert models.load('out/data/teacher')[1]['options']['data'] == 'data/data'
+
+
+@pytest.mark.parametrize('kind, script', [
+    ('flm', distill), ('diffuseq', distill), ('mdlm', None), ('ar', None)])
+def test_advice_of_a_teacher_runs(dozen, tmp_path, monkeypatch, capfd, kind, script):
+    """Advice to distil what cannot be distilled, or a name with a space that is not quoted."""
+    monkeypatch.chdir(tmp_path)
+
+    run_main(train_teacher, '--data', dozen / 'data', '--model', kind, *SMALL, '--iters', 1,
+        '--out', 'my out/teacher')
+
+    words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
+    if script is None:
+        assert words == ['python', 'sample.py', 'my out/teacher']
+        return
+    assert words[:2] == ['python', 'distill.py']
+    run_main(script, *words[2:], '--batch', 4, '--iters', 1)
+    assert models.load('my out/student')[1]['iter'] == 1
+
+
+def test_advice_of_a_student_names_what_there_is(small, tmp_path, monkeypatch, capfd):
+    """Advice that does not run."""
+    monkeypatch.chdir(tmp_path)
+
+    run_main(distill, small / 'flow/teacher', '--batch', 4, '--iters', 1, '--out', 'my out')
+
+    words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
+    assert words == ['python', 'sample.py', 'my out', '--compare',
+                     str(small / 'flow/teacher/model.pt'), '--source', '1987-03-23']
+
+
+# -----------------------------------------------------------------------------
+# Command lines that cannot be
+
+BAD_TEACHERS = [
+    ('--nonsense 1', 'unrecognized arguments: --nonsense'),
+    ('--lay 2', 'unrecognized arguments: --lay'),
+    ('extra', 'unrecognized arguments: extra'),
+    ('--axis magic', 'invalid choice'),
+    ('--model gpt', 'invalid choice'),
+    ('--optimiser sgd', 'invalid choice'),
+    ('--preset huge', 'invalid choice'),
+    ('', 'run: python prepare_data.py stories'),
+    ('--data missing', 'missing holds no prepared data'),
+    ('--data text.txt', 'python prepare_data.py mine --input text.txt'),
+    ('--data {dozen}/data --heads 3', 'must be a multiple of twice --heads (3)'),
+    ('--data {dozen}/data --width 129', '--width 129'),
+    ('--data {dozen}/data --dropout 1', '--dropout 1: nothing would be left'),
+    ('--data {dozen}/data --layers 1000000 --width 1600000', 'too large for any machine'),
+    ('--data {dozen}/data --device nonsense', '--device nonsense is not available'),
+    ('--data {dozen}/data --parts 3', '--batch 64: must be a multiple of --parts (3)'),
+    ('--data {dozen}/data --batch 7 --parts 2', '--batch 7: must be a multiple of --parts (2)'),
+    ('--data {dozen}/data --out text.txt', 'cannot be written'),
+    ('--data {dozen}/data --resume', 'no such checkpoint'),
+    ('--layers 0', 'a whole number from 1'),
+    ('--heads 1.5', 'a whole number from 1'),
+    ('--dropout 2', 'a number from 0 to 1'),
+    ('--lr inf', 'a finite number from 0'),
+]
+BAD_STUDENTS = [
+    ('--nonsense 1', 'unrecognized arguments: --nonsense'),
+    ('{small}/flow/teacher --iter 2', 'unrecognized arguments: --iter'),
+    ('--method magic', 'invalid choice'),
+    ('--loss kl', 'invalid choice'),
+    ('', 'first run: python train_teacher.py'),
+    ('missing', 'no such checkpoint'),
+    ('text.txt', 'no such checkpoint'),
+    ('{small}/flow/student', 'is a student already'),
+    ('{small}/diffuseq/student', 'is a student already'),
+    ('{small}/mdlm/teacher', 'is a model of mdlm'),
+    ('{small}/ar/teacher', 'is a model of ar'),
+    ('{small}/flow/teacher --guide missing', 'no such checkpoint'),
+    ('{small}/flow/teacher --guide {small}/flow/teacher', 'must be a student of this teacher'),
+    ('{small}/flow/teacher --guide {dozen}/student', 'must be a student of this teacher'),
+    ('{small}/flow/teacher --guide {small}/diffuseq/student', 'must be a student of this teacher'),
+    ('{small}/flow/teacher --data missing', 'missing holds no prepared data'),
+    ('{small}/flow/teacher --data {dozen}/bytes', 'has another tokenizer or length'),
+    ('{small}/flow/teacher --out new --device nonsense', '--device nonsense is not available'),
+    ('{small}/flow/teacher --out new --batch 7 --parts 2', 'must be a multiple of --parts (2)'),
+    ('{small}/diffuseq/teacher --out new --parts 2', 'score distillation takes as many'),
+    ('{small}/flow/teacher --out text.txt', 'cannot be written'),
+    ('{small}/flow/teacher --out new --iters 1 --dropout 1', '--dropout 1'),
+    ('{small}/flow/teacher --out new --iters 1 --leg 0', '--leg 0'),
+    ('--leg 2', 'a number from 0 to 1'),
+    ('--rollout 0', 'a whole number from 1'),
+    ('--noises 0', 'a whole number from 1'),
+    ('--fake-ratio 0', 'a whole number from 1'),
+    ('--alpha -1', 'a finite number from 0'),
+    ('--diagonal 1.5', 'a number from 0 to 1'),
+]
+BAD_LINES = [(train_teacher, *line) for line in BAD_TEACHERS]
+BAD_LINES += [(distill, *line) for line in BAD_STUDENTS]
+
+
+@pytest.mark.parametrize('script, words, said', BAD_LINES)
+def test_bad_command_lines_are_one_line_and_change_nothing(
+        dozen, small, tmp_path, monkeypatch, capfd, script, words, said):
+    """A traceback, minutes of work before it, or a file written for a command that cannot be."""
+    monkeypatch.chdir(tmp_path)
+    Path('text.txt').write_text('text')
+    before = files_in(dozen)
+
+    message = refusal(capfd, script, *words.format(dozen=dozen, small=small).split())
+
+    assert said in message
+    assert [path.name for path in tmp_path.iterdir()] == ['text.txt']
+    assert files_in(dozen) == before
+
+
+NUMBERS = ['iters', 'batch', 'lr', 'muon-lr', 'beta2', 'clip', 'warmup', 'decay', 'ema', 'given',
+           'dropout', 'eval-every', 'parts', 'seed']
+TEACHERS_NUMBERS = ['layers', 'heads', 'width', 'channels', 'gate', 'anchor']
+STUDENTS_NUMBERS = ['diagonal', 'boundary', 'leg', 'rollout', 'alpha', 'fake-ratio', 'adversarial',
+                    'noises']
+
+
+@pytest.mark.parametrize('script, names', [
+    (train_teacher, NUMBERS + TEACHERS_NUMBERS), (distill, NUMBERS + STUDENTS_NUMBERS)])
+@pytest.mark.parametrize('value', ['x', '', '-1', 'nan', 'inf', '9' * 400])
+def test_every_number_of_a_command_line_is_checked(capfd, script, names, value):
+    """nan or a negative number taken for a setting."""
+    for name in names:
+        message = refusal(capfd, script, f'--{name}={value}')
+        assert f'argument --{name}: ' in message
+
+
+@pytest.mark.parametrize('script, names', [
+    (train_teacher, ('data', 'out', 'device')), (distill, ('data', 'out', 'device', 'guide'))])
+def test_every_name_of_a_command_line_is_checked(dozen, small, capfd, script, names):
+    """A traceback for a name that no file can have."""
+    for name in names:
+        command = commands(dozen, small)['teacher' if script is train_teacher else 'student']
+        words = [word for word in command[1:]]
+        main_refused = f'--{name}={"9" * 400}'
+        capfd.readouterr()
+
+        with pytest.raises(SystemExit) as end:
+            o = script.parse([str(word) for word in [*words, '--iters', 1, main_refused]])
+            script.main(o)
+
+        out, err = capfd.readouterr()
+        assert end.value.code == 2
+        assert (out, err.count('\n')) == ('', 1)
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+
+def torchrun(script, *words):
+    """A script in two processes, as torchrun starts them."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
+    # a free port, so that two tests do not meet
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        launcher.append(f'--master_port={s.getsockname()[1]}')
+    words = [str(word) for word in (*words, '--device', 'cpu')]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([*launcher, script.__file__, *words], env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize('name', ['teacher', 'student'])
+def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, small, tmp_path, name):
+    """Gradients of half the batch, the same noise in both processes, a resume by one of them."""
+    script, *words = commands(dozen, small)[name]
+    # a constant rate, so that the number of iterations changes nothing
+    words = (*words, '--batch', 8, '--decay', 0)
+    run_main(script, *words, '--iters', 20, '--parts', 2, '--out', tmp_path / 'one')
+
+    torchrun(script, *words, '--iters', 10, '--parts', 2, '--out', tmp_path / 'two')
+    more = ('--out', tmp_path / 'two', '--parts', 2, '--resume')
+    out = torchrun(script, *words, '--iters', 20, *more)
+
+    one = models.load(tmp_path / 'one')[1]
+    two = models.load(tmp_path / 'two')[1]
+    assert (one['iter'], two['iter']) == (20, 20)
+    for part in ('model', 'ema'):
+        for key, value in one[part].items():
+            assert torch.allclose(value, two[part][key], atol=1e-5), key
+    # the first speaks for both
+    assert out.count('next: ') == 1
+
+
+def test_score_distillation_runs_in_two_processes(small, tmp_path):
+    """Fake denoisers that part, as each process follows its own rows."""
+    torchrun(distill, small / 'diffuseq/teacher', '--batch', 8, '--iters', 3, '--adversarial', .1,
+             '--out', tmp_path)
+
+    _, ckpt = models.load(tmp_path)
+    assert ckpt['iter'] == 3
+    assert ckpt['fake']['critic.weight'].isfinite().all()
+
+
+# =============================================================================
+# sample.py
+
+LENGTH = 16
+
+
+def make_checkpoint(path, tokenizer='byte', pairs=False, kind='rows', **config):
+    """A tiny model with random weights, saved as the training scripts save theirs."""
+    texts = prepare_data.date_forms('1987-03-23') + ('0123456789-',)
+    spec = prepare_data.make_tokenizer(tokenizer, texts)
+    V = len(spec['tokens'])
+    special = {name: V + i for i, name in enumerate(prepare_data.SPECIAL)}
+    meta = {'name': tokenizer, 'vocab': V + 4, 'kind': kind, 'pairs': pairs, 'length': LENGTH,
+            'special': special, 'tokenizer': spec}
+    torch.manual_seed(len(str(path.name)))
+    shape = {'layers': 1, 'heads': 2, 'width': 32, 'channels': 8}
+    network = models.build(models.Config(vocab=V + 4, length=LENGTH, **shape, **config))
+    # a fresh head writes the same token everywhere
+    torch.nn.init.normal_(network.net.head.weight)
+    options = {'data': 'data/nowhere'}
+    models.save(path, network, network, meta=meta, options=options, iter=7)
+    return path
+
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def call(line, stdin=''):       # a command line, as it is typed -> (status, stdout, stderr)
-        name, *more = line.split()
-        monkeypatch.setattr(sys, 'argv', [str(HERE / name), *more])
-        monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(sys.argv[0], run_name='__main__'), sys.exit(0)
-        return end.value.code, *capsys.readouterr()
-    return call
+def student(tmp_path):
+    return make_checkpoint(tmp_path / 'student.pt', two_time=True)
 
-def test_bad_input_is_one_line_and_exit_2_and_good_input_is_not(dozen, tmp_path, monkeypatch, call):
+
+@pytest.fixture
+def teacher(tmp_path):
+    return make_checkpoint(tmp_path / 'teacher.pt')
+
+
+def run_sample(capsys, *words):
+    """Run `python sample.py words` here: (exit status, lines on stdout, its errors)."""
+    status = 0
+    try:
+        sample.main(sample.parse([str(word) for word in words]))
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    # not splitlines, to which odd characters in a text are line breaks
+    return status, out.split('\n')[:-1], err
+
+
+def sample_refused(capsys, *words):
+    """The one line on stderr with which a command is refused; nothing else is printed."""
+    status, out, err = run_sample(capsys, *words)
+    assert status == 2
+    assert out == []
+    assert err.count('\n') == 1
+    return err
+
+
+def known(path, **words):
+    """sample.known_row of a checkpoint for options of these names: (list of ids, encoding)."""
+    _, ckpt = models.load(path)
+    encoding = prepare_data.make_encoding(ckpt['meta']['tokenizer'])
+    source = words.pop('source', '')
+    options = sample.parse([f'--{name}={text}' for name, text in words.items()])
+    return sample.known_row(ckpt['meta'], encoding, options, source)[0].tolist(), encoding
+
+
+# -----------------------------------------------------------------------------
+# Which model
+
+def test_newest_student_is_taken_and_named(tmp_path, monkeypatch, capsys):
+    """An older run is sampled in silence, or a stopped run's folder hides the model."""
     monkeypatch.chdir(tmp_path)
-    files = {'no.txt': b'', 'bad.txt': bytes(range(256)), 'good.txt': b'A b. ' * 99, 'no.pt': b'no'}
-    assert all(Path(name).write_bytes(x) == len(x) for name, x in files.items())
-    evil = type('', (), {'__reduce__': lambda _: (os.mkdir, ('owned',))})()     # when it is loaded
-    torch.save({'format': 9}, 'new.pt'), torch.save({'format': 1, 'ema': evil}, 'evil.pt')
-    one, of = f'sample.py {dozen}/student --source', 'prepare_data.py x --input'
-    lines = f'''prepare_data.py nonsense; prepare_data.py --nonsense 1; sample.py no.pt; bench.py;
-        sample.py new.pt; sample.py evil.pt; sample.py missing; {of} missing.txt; {of} no.txt;
-        {of} bad.txt; {of} good.txt --tokenizer words; prepare_data.py ../x --input good.txt;
-        train_teacher.py --axis magic; train_teacher.py --warmup 0; train_teacher.py --heads 3;
-        train_teacher.py --layers 0; train_teacher.py --dropout 1; distill.py {dozen}/student;
-        distill.py {dozen}/teacher --guide {dozen}/teacher; distill.py missing; distill.py --leg 2;
-        distill.py --rollout 0; {one} 1 --compare {dozen}/teacher --mbr 2; bench.py train 1,9;
-        bench.py speed a --nfe x; sample.py {dozen}/student --prompt 1; {one} {'1-' * 30}; {one} 1~;
-        {one} 1 --sampler bridge; {one} 1 --gamma 2; {one} 1 --compare {dozen}/student'''.split(';')
-    for script in prepare_data, train_teacher, distill, sample, bench:
-        text = ' '.join(call(f'{script.__name__}.py -h')[1].split())
-        for f in fields(script.Options):        # every one is in -h, every number is checked
-            name, huge = f.name.replace('_', '-'), '9' * 400    # as a file's name, too
-            wrong = ('x', '-1', 'nan', huge) if f.type in (int, float) else (huge,)
-            assert name in text and f'[{f.default}]' in text
-            if script is not prepare_data or f.type is int:     # else it works first, then fails
-                lines += [f'{script.__name__}.py --{name} {x}' for x in wrong]
+    old = make_checkpoint(Path('out/a/student/model.pt'), two_time=True)
+    new = make_checkpoint(Path('out/b/one-call/model.pt'), two_time=True)
+    os.utime(old, (1, 1))
+    Path('out/c/student').mkdir(parents=True)
+    Path('out/c/student/log.jsonl').write_text('{}')
+
+    status, _, err = run_sample(capsys)
+
+    assert status == 0
+    assert str(new) in err
+
+
+def test_shipped_weights_where_nothing_was_trained(tmp_path, monkeypatch, capsys):
+    """A fresh clone, or a folder without model.pt, ends in "no such checkpoint"."""
+    monkeypatch.chdir(tmp_path)
+    Path('out/a/student').mkdir(parents=True)
+    monkeypatch.setattr(sample, '__file__', str(tmp_path / 'code' / 'sample.py'))
+    shipped = make_checkpoint(tmp_path / 'code/assets/pydocs-student.pt', two_time=True)
+
+    status, out, err = run_sample(capsys)
+
+    assert status == 0
+    assert len(out) == 8
+    assert str(shipped) in err.split('\n')[0]
+
+
+def test_no_model_at_all_is_one_line(tmp_path, monkeypatch, capsys):
+    """A traceback where there is neither a student nor shipped weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, '__file__', str(tmp_path / 'sample.py'))
+
+    err = sample_refused(capsys)
+
+    assert 'no such checkpoint' in err
+
+
+@pytest.mark.parametrize('config, calls', [
+    ({'two_time': True}, 1), ({}, 64), ({'model': 'mdlm'}, 64), ({'model': 'ar'}, LENGTH),
+    ({'model': 'diffuseq', 'start': 0.25}, 1), ({'model': 'diffuseq'}, 64)])
+def test_default_calls(tmp_path, capsys, config, calls):
+    """A teacher writes in one call, which is noise, and is taken for a bad model."""
+    path = make_checkpoint(tmp_path / 'model.pt', **config)
+
+    status, _, err = run_sample(capsys, path, '-n', 2)
+
+    assert status == 0
+    assert f'nfe {calls},' in err
+    assert ('network calls' in err) == (calls > 1)
+
+
+# -----------------------------------------------------------------------------
+# What is given
+
+def test_trailing_space_of_a_prompt_is_dropped(student):
+    """"Return the " begins with a token that no text has there, and writes worse."""
+    with_space, _ = known(student, prompt='ab ')
+    without, _ = known(student, prompt='ab')
+
+    assert with_space == without == [97, 98] + [-1] * (LENGTH - 2)
+
+
+def test_infill_holes_and_literal_underscore(student):
+    """A hole leaves its space as a token, or an underscore of the text cannot be written."""
+    ids, encoding = known(student, infill=r'a _ b\_c')
+
+    assert ids[0] == ord('a')
+    assert ids[1] == -1
+    assert encoding.decode(ids[2:6]) == ' b_c'
+    # <eos>, then <pad>: nothing comes behind the last word given
+    assert ids[6] == 256
+    assert set(ids[7:]) == {257}
+
+
+def test_infill_of_a_stream_goes_on(tmp_path):
+    """The rest of a stream's row is declared empty, and its text stops."""
+    path = make_checkpoint(tmp_path / 'model.pt', kind='stream')
+
+    ids, _ = known(path, infill='a_b')
+
+    assert ids == [97, -1, 98] + [-1] * (LENGTH - 3)
+
+
+def test_given_text_comes_back(student, capsys):
+    """The sampler overwrites the prompt."""
+    status, out, _ = run_sample(capsys, student, '--prompt', 'Hello, world', '-n', 5)
+
+    assert status == 0
+    assert all(line.startswith('Hello, world') for line in out)
+
+
+def test_story_words_take_their_space_along():
+    """A closed vocabulary has ' has' and no 'has': each hole and prompt would be unknown."""
+    words = 'Anna has three red balls.'
+    spec = prepare_data.make_tokenizer('stories', [words])
+    encoding = prepare_data.make_encoding(spec)
+    V = len(spec['tokens'])
+    meta = {'kind': 'rows', 'pairs': False, 'length': LENGTH,
+            'special': {name: V + i for i, name in enumerate(prepare_data.SPECIAL)}}
+
+    row = sample.known_row(meta, encoding, sample.parse(['--infill', 'Anna has _ red balls.']))
+
+    written = row[0].tolist()
+    hole = written.index(-1)
+    written[hole] = encoding.encode_single_token(' three')
+    assert prepare_data.decode(encoding, written[:written.index(V)]) == words
+
+
+def test_unknown_word_is_named(tmp_path, capsys):
+    """A source that the vocabulary lacks ends in a traceback, or is written as something else."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, two_time=True)
+
+    err = sample_refused(capsys, path, '--source', '1987-03-23x')
+
+    assert "'x' is not in the vocabulary" in err
+
+
+def test_too_long_text_is_refused(student, capsys):
+    """A text as long as a row leaves nothing to write, and is printed as the model's."""
+    err = sample_refused(capsys, student, '--prompt', 'a' * LENGTH)
+
+    assert f'{LENGTH} tokens' in err
+
+
+def test_sources_on_stdin_keep_their_order(tmp_path, monkeypatch, capsys):
+    """Rows are written under another source than their own, or empty lines count as one."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, two_time=True)
+    lines = tmp_path / 'lines.txt'
+    lines.write_text('1987-03-23\n\n 2024-02-29 \n')
+
+    with open(lines) as stdin:
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        status, out, _ = run_sample(capsys, path, '-n', 2)
+
+    assert status == 0
+    sources = [line.split(' -> ')[0] for line in out]
+    assert sources == ['1987-03-23', '1987-03-23', '2024-02-29', '2024-02-29']
+
+
+def test_spaces_around_a_source_are_dropped(tmp_path, capsys):
+    """A space that the shell has passed on makes a source that no training row has."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, two_time=True)
+
+    _, plain, _ = run_sample(capsys, path, '--source', '1987-03-23')
+    _, spaced, _ = run_sample(capsys, path, '--source', ' 1987-03-23 ')
+
+    assert plain[0].startswith('1987-03-23 -> ')
+    assert spaced == plain
+
+
+@pytest.mark.parametrize('content, word', [(b'', 'no source'), (b'\xff\xfe\n', 'UTF-8')])
+def test_bad_stdin_is_one_line(tmp_path, monkeypatch, capsys, content, word):
+    """An empty pipe writes nothing with status 0; bytes that are no text give a traceback."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, two_time=True)
+    lines = tmp_path / 'lines.txt'
+    lines.write_bytes(content)
+
+    with open(lines, encoding='utf-8') as stdin:
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        err = sample_refused(capsys, path)
+
+    assert word in err
+
+
+# -----------------------------------------------------------------------------
+# Checks
+
+@pytest.mark.parametrize('words, says', [
+    ('--nfe 0', '--nfe'),
+    ('--nfe 100001', '--nfe 100001'),
+    ('-n 0', '-n'),
+    ('-n 1000001', '-n 1000001'),
+    ('--mbr 1', '--mbr 1'),
+    ('--temperature 0', '--temperature 0'),
+    ('--temperature nan', '--temperature'),
+    ('--gamma 1.5', '--gamma'),
+    ('--seed -1', '--seed'),
+    ('--prompt ""', '--prompt is empty'),
+    ('--prompt "\udcff"', 'UTF-8'),
+    ('--infill abc', 'no hole'),
+    (r'--infill "a\_c"', 'no hole'),
+    ('--prompt a --infill _', 'do not go together'),
+    ('--source a --prompt b', 'do not go together'),
+    ('-n 2 --mbr 4', 'do not go together'),
+    ('--film a.svg', '--compare'),
+    ('--compare x --film a.pt', '.svg'),
+    ('--compare x --watch', '--watch'),
+    ('--compare x --mbr 4', '--mbr'),
+    ('--overwrite', '--export'),
+    ('--export a', '.pt'),
+    ('--export a.pt --info', '--info'),
+    ('--method euler', '--method')])
+def test_bad_options_are_refused_before_the_model_is_loaded(capsys, words, says):
+    """A wrong value is found after minutes of work, or not at all."""
+    # were the model looked for, the line would be about that
+    err = sample_refused(capsys, 'no-such-model.pt', *shlex.split(words))
+
+    assert says in err
+    assert 'no such checkpoint' not in err
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('flm', '--method ddim'), ('flm', '--clamp'), ('diffuseq', '--temperature 2'),
+    ('diffuseq', '--gamma 0.5'), ('mdlm', '--gamma 0.5'), ('ar', '--nfe 4'),
+    ('flm', '--source a')])
+def test_options_of_other_models_are_refused(tmp_path, capsys, kind, words):
+    """An option is ignored, and its figures are taken for its effect."""
+    path = make_checkpoint(tmp_path / 'model.pt', model=kind)
+
+    err = sample_refused(capsys, path, *words.split())
+
+    assert words.split()[0] in err
+
+
+@pytest.mark.parametrize('option', ['--prompt', '--infill'])
+def test_models_of_pairs_take_only_sources(tmp_path, capsys, option):
+    """A prompt becomes a source without its <sep>."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True)
+
+    err = sample_refused(capsys, path, option, '1_')
+
+    assert '--source' in err
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('flm', '--gamma 1'), ('flm', '--temperature 30'), ('mdlm', '--temperature 9'),
+    ('ar', '--temperature 9'), ('diffuseq', '--method ddim'), ('diffuseq', '--clamp'),
+    ('flm', '--seed 1'), ('flm', '--nfe 2')])
+def test_every_option_changes_the_texts(tmp_path, capsys, kind, words):
+    """An option is parsed and never reaches the sampler."""
+    path = make_checkpoint(tmp_path / 'model.pt', model=kind)
+    calls = [] if kind == 'ar' or '--nfe' in words else ['--nfe', 4]
+
+    _, without, _ = run_sample(capsys, path, *calls)
+    _, again, _ = run_sample(capsys, path, *calls)
+    _, changed, _ = run_sample(capsys, path, *calls, *words.split())
+
+    assert without == again
+    assert without != changed
+
+
+def test_option_without_effect_on_one_call_is_told(student, capsys):
+    """A temperature at one call changes nothing, and nobody says so."""
+    _, _, err = run_sample(capsys, student, '--temperature', 2)
+
+    assert '--temperature changes nothing' in err
+
+
+# -----------------------------------------------------------------------------
+# What is printed
+
+def test_every_text_is_one_line(student, capsys):
+    """Bytes of a random model break lines, move the cursor or stop the script."""
+    status, out, err = run_sample(capsys, student, '-n', 300)
+
+    assert status == 0
+    assert len(out) == 300
+    assert all(letter.isprintable() for letter in ''.join(out))
+    assert '300 rows' in err
+
+
+def test_on_one_line():
+    """Line breaks vanish, an escape sequence reaches the terminal, or Persian loses its joiners."""
+    mark = sample.newline_mark()
+
+    assert sample.on_one_line('a\nb\r\nc\rd') == f'a{mark}b{mark}c{mark}d'
+    assert sample.on_one_line('\x1b[2Ja\tb\xa0c\u2028d') == '\ufffd[2Ja b c d'
+    assert sample.on_one_line('\u0645\u06cc\u200c\u062e') == '\u0645\u06cc\u200c\u062e'
+
+
+def test_newline_mark_of_a_narrow_encoding(monkeypatch, tmp_path):
+    """A Windows console, code page 1252, shows `?` for each line break."""
+    with open(tmp_path / 'out', 'w', encoding='cp1252') as out:
+        monkeypatch.setattr(sys, 'stdout', out)
+        mark = sample.newline_mark()
+
+    assert mark == '\\n'
+
+
+def test_odd_letters_on_a_narrow_console(tmp_path):
+    """UnicodeEncodeError on the first letter that the console lacks, after all was written."""
+    path = make_checkpoint(tmp_path / 'student.pt', two_time=True)
+
+    done = start(path, '--prompt', 'жзи', env={'PYTHONIOENCODING': 'cp1252'})
+    out, err = done.communicate()
+
+    assert done.returncode == 0, err
+    assert out.decode('cp1252').count('???') >= 8
+
+
+def test_health_line_says_how_the_rows_were_made(student, capsys):
+    """Figures without the seed, the device or the calls cannot be made again."""
+    _, _, err = run_sample(capsys, student, '-n', 4, '--seed', 3, '--device', 'cpu')
+
+    assert re.fullmatch(r'4 rows: entropy \d\.\d{3}, unique \d\.\d{3}; '
+                        r'nfe 1, \d+\.\d\d ms per row, seed 3, cpu', err.strip())
+
+
+def test_most_alike():
+    """Minimum Bayes risk takes the longest text, the first one, or an empty one."""
+    texts = [[], [1, 2, 3, 9], [1, 2, 3, 4], [7, 8], [1, 2, 3, 4, 5], [1, 2, 3, 4]]
+
+    assert sample.most_alike(texts) == 2
+
+
+def test_mbr_chooses_within_a_source():
+    """Rows of two sources are mixed, and a source gets a text of another one."""
+    meta = {'special': dict.fromkeys(['<eos>', '<pad>', '<sep>', '<bos>'], 99), 'pairs': False,
+            'kind': 'rows'}
+    rows = torch.tensor([[1, 2], [1, 2], [5, 6], [3, 4], [7, 8], [3, 4]])
+
+    chosen = sample.choose_rows(rows, meta, 3)
+
+    assert chosen.tolist() == [[1, 2], [3, 4]]
+
+
+def test_mbr_prints_one_row_for_each_source(student, capsys):
+    """All candidates are printed."""
+    status, out, err = run_sample(capsys, student, '--mbr', 12)
+
+    assert status == 0
+    assert len(out) == 1
+    assert err.startswith('1 rows')
+
+
+# -----------------------------------------------------------------------------
+# Frames, film, compare
+
+def test_watch_without_a_terminal_prints_nothing_extra(teacher, capsys):
+    """Control characters and half-done texts land in a file."""
+    _, plain, _ = run_sample(capsys, teacher, '--nfe', 3)
+    _, watched, _ = run_sample(capsys, teacher, '--nfe', 3, '--watch')
+
+    assert plain == watched
+
+
+class Terminal:
+    """A stdout that is a terminal: it knows its screen's lines and where the cursor is."""
+    encoding = 'utf-8'
+
+    def __init__(self):
+        self.screen = ['']
+        self.tallest = 0
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        pass
+
+    def write(self, text):
+        for part in re.split('(\033\\[[0-9]*[AJ]|\n)', text):
+            if part == '\n':
+                self.screen.append('')
+            elif part.endswith('A') and part.startswith('\033'):
+                up = int(part[2:-1])
+                assert up < len(self.screen)
+                # nothing stands below the cursor but what \033[J erases next
+                self.screen = self.screen[:len(self.screen) - up - 1] + ['']
+            elif part != '\033[J':
+                self.screen[-1] += part
+            self.tallest = max(self.tallest, len(self.screen))
+
+
+@pytest.mark.parametrize('kind', ['flm', 'ar'])
+def test_watch_leaves_only_the_texts(tmp_path, monkeypatch, capsys, kind):
+    """A frame taller than the screen, or a text with line breaks, leaves its remains above."""
+    path = make_checkpoint(tmp_path / 'model.pt', model=kind)
+    monkeypatch.setattr(sample.time, 'sleep', lambda seconds: None)
+    monkeypatch.setenv('COLUMNS', '10')
+    monkeypatch.setenv('LINES', '6')
+    calls = [] if kind == 'ar' else ['--nfe', 5]
+    _, plain, _ = run_sample(capsys, path, *calls, '-n', 300)
+    terminal = Terminal()
+
+    with contextlib.redirect_stdout(terminal):
+        sample.main(sample.parse([str(path), *map(str, calls), '-n', '300', '--watch']))
+
+    assert terminal.screen[:-1] == plain
+
+
+def test_frames_fit_the_terminal(teacher, monkeypatch, capsys):
+    """A line that wraps counts as one, and the next frame starts too low."""
+    writer = sample.make_writer(teacher, *models.load(teacher))
+    monkeypatch.setenv('COLUMNS', '12')
+    monkeypatch.setenv('LINES', '5')
+    given = torch.full((8, LENGTH), -1)
+
+    on_call = sample.frames_drawn(given, writer, 2)
+    on_call(0, torch.full((8, LENGTH), 97))
+
+    lines = capsys.readouterr().out.split('\n')[:-1]
+    assert len(lines) == 4
+    assert all(len(line) < 12 for line in lines)
+
+
+def test_wide_letters_take_two_columns():
+    """A line of Chinese wraps, as its letters are counted as narrow ones."""
+    assert sample.fit('中文字符', 5) == '中文'
+    assert sample.fit('abcdef', 5) == 'abcde'
+
+
+def test_frames_of_an_autoregressive_model_are_kept(tmp_path):
+    """All frames show the end, as the sampler writes into the row that it has shown."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, model='ar')
+    writer = sample.make_writer(path, *models.load(path))
+    row, _ = known(path, source='1987-03-23')
+    given = torch.tensor([row])
+
+    on_call, frames = sample.frames_kept(given, writer)
+    models.write_rows(writer.model, given, LENGTH, 0, on_call=on_call)
+
+    # the source is given before anything is written
+    assert frames[0] == ['']
+    assert len(frames) == LENGTH
+
+
+def test_compare_shows_the_same_noise(teacher, student, tmp_path, capsys):
+    """Rows of different noise stand under each other, or a model's rows under another's name."""
+    status, out, _ = run_sample(capsys, student, '--compare', teacher, '-n', 3, '--nfe', 2)
+    _, alone, _ = run_sample(capsys, teacher, '--nfe', 64, '-n', 256)
+    _, ours, _ = run_sample(capsys, student, '--nfe', 2, '-n', 256)
+
+    assert status == 0
+    texts = [line.removeprefix('teacher 64 | ') for line in out if line.startswith('teacher 64')]
+    assert texts[1:] == alone[:3]
+    texts = [line.removeprefix('student  2 | ') for line in out if line.startswith('student  2')]
+    assert texts[0].startswith('256 rows: ')
+    assert texts[1:] == ours[:3]
+
+
+def test_compare_with_sources_shows_each(tmp_path, monkeypatch, capsys):
+    """All rows shown are of the first source."""
+    teacher = make_checkpoint(tmp_path / 'teacher.pt', 'dates', pairs=True, model='ar')
+    student = make_checkpoint(tmp_path / 'student.pt', 'dates', pairs=True, two_time=True)
+    lines = tmp_path / 'lines.txt'
+    lines.write_text('1987-03-23\n2024-02-29\n')
+
+    with open(lines) as stdin:
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        status, out, _ = run_sample(capsys, student, '--compare', teacher, '-n', 1)
+
+    assert status == 0
+    sources = [line for line in out if re.fullmatch('[0-9-]{10}', line)]
+    assert sources == ['1987-03-23', '2024-02-29']
+
+
+def test_compare_refuses_students_and_other_tokenizers(tmp_path, student, capsys):
+    """The same ids are read as other words, or a student is shown as a teacher."""
+    other = make_checkpoint(tmp_path / 'other.pt', 'dates')
+
+    assert 'tokenizer' in sample_refused(capsys, student, '--compare', other)
+    assert 'is a student' in sample_refused(capsys, student, '--compare', student)
+
+
+def test_film_is_whole_svg(teacher, student, tmp_path, capsys):
+    """A control character makes the picture unreadable, or a frame is lost."""
+    path = tmp_path / 'film.svg'
+
+    status, _, _ = run_sample(capsys, student, '--compare', teacher, '--film', path)
+
+    assert status == 0
+    root = xml.etree.ElementTree.parse(path).getroot()
+    texts = root.findall('{http://www.w3.org/2000/svg}text')
+    # each of 64 calls, and the student's result; all else is invisible where nothing moves
+    assert len(texts) == 65
+    assert [text.get('opacity') for text in texts] == ['0'] * 63 + ['1', None]
+    assert all(len(text.findall('{http://www.w3.org/2000/svg}tspan')) == 7 for text in texts)
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_frames_are_of_the_first_batch_only(teacher):
+    """A film of more than 256 rows plays twice, with frames numbered beyond the calls."""
+    writer = sample.make_writer(teacher, *models.load(teacher))
+    given = torch.full((300, LENGTH), -1)
+
+    on_call, frames = sample.frames_kept(given, writer)
+    rows, _ = models.write_rows(writer.model, given, 3, 0, on_call=on_call)
+
+    first = prepare_data.to_texts(rows[:8], writer.meta)
+    assert len(frames) == 3
+    assert frames[-1] == [sample.on_one_line(text) for _, text in first]
+
+
+def test_film_escapes_its_texts():
+    """A text with < or & makes the picture unreadable."""
+    svg = sample.film([['a < b'], ['a & b']], [['<b>']], ['teacher', 'student'])
+
+    spans = [span.text for span in xml.etree.ElementTree.fromstring(svg).iter()
+             if span.tag.endswith('tspan')]
+    assert spans == ['teacher: call 1 of 2', 'a < b', 'teacher: call 2 of 2', 'a & b',
+                     'student, from the same noise: call 1 of 1', '<b>']
+
+
+# -----------------------------------------------------------------------------
+# The file itself
+
+def test_info_prints_what_a_model_is(student, capsys):
+    """Weights cannot be matched to the code and data that made them."""
+    status, out, _ = run_sample(capsys, student, '--info')
+
+    assert status == 0
+    text = '\n'.join(out)
+    assert 'iter: 7' in text
+    assert "'two_time': True" in text
+    assert 'data: byte, rows of 16 tokens' in text
+    assert 'tokenizer: byte' in text or 'tokenizer: bpe:260' in text
+
+
+def test_export_is_smaller_and_writes_the_same(tmp_path, capsys):
+    """The raw weights are exported in place of the averaged ones, or all is stored twice."""
+    path = make_checkpoint(tmp_path / 'model.pt', two_time=True)
+    model, ckpt = models.load(path)
+    raw = models.build(model.config)
+    models.save(path, raw, model, **{name: ckpt[name] for name in ('iter', 'meta', 'options')})
+    small = tmp_path / 'small.pt'
+
+    status, _, _ = run_sample(capsys, path, '--export', small)
+
+    assert status == 0
+    assert small.stat().st_size < 0.4 * path.stat().st_size
+    exported, _ = models.load(small)
+    difference = exported.net.head.weight - model.net.head.weight
+    assert 0 < difference.abs().max() < 1e-2
+    assert run_sample(capsys, small)[0] == 0
+
+
+def test_export_does_not_replace_a_file(student, tmp_path, capsys):
+    """A finished model is overwritten in silence."""
+    path = tmp_path / 'precious.pt'
+    path.write_bytes(b'precious')
+
+    err = sample_refused(capsys, student, '--export', path)
+
+    assert '--overwrite' in err
+    assert path.read_bytes() == b'precious'
+    assert run_sample(capsys, student, '--export', path, '--overwrite')[0] == 0
+    assert run_sample(capsys, path)[0] == 0
+
+
+@pytest.mark.parametrize('words', ['--export {}/a.pt', '--compare x --film {}/a.svg'])
+def test_folders_are_no_files(tmp_path, capsys, words):
+    """All work is done, and then cannot be written."""
+    (tmp_path / 'a.pt').mkdir()
+    (tmp_path / 'a.svg').mkdir()
+
+    err = sample_refused(capsys, 'no-such-model.pt', *words.format(tmp_path).split())
+
+    assert 'is a folder' in err
+
+
+# -----------------------------------------------------------------------------
+# The script as a process
+
+def start(*words, env=None):
+    """Start `python sample.py words`."""
+    command = [sys.executable, str(Path(sample.__file__).resolve()), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+def test_ctrl_c_in_sample_is_one_line_and_130(teacher):
+    """A traceback of forty lines."""
+    running = start(teacher, '-n', 100000)
+    # this line is written when all is loaded and sampling begins
+    assert b'64 network calls' in running.stderr.readline()
+
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=100)
+
+    assert running.returncode == 130
+    assert err.decode().count('\n') == 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+def test_broken_pipe_is_silent(student):
+    """`| head -1` ends in BrokenPipeError."""
+    running = start(student, '-n', 10000)
+
+    running.stdout.readline()
+    running.stdout.close()
+    err = running.stderr.read()
+    running.wait(timeout=100)
+
+    assert err == b''
+
+
+# =============================================================================
+# bench.py
+
+
+
+def run_bench(capsys, *words):
+    """Run `python bench.py words` here: (exit status, what it printed, its errors)."""
+    status = 0
+    try:
+        bench.main(bench.parse([str(word) for word in words]))
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def bench_refused(capsys, *words):
+    """The one line on stderr with which a command is refused."""
+    status, _, err = run_bench(capsys, *words)
+    assert status == 2
+    assert err.count('\n') == 1
+    return err
+
+
+def make_data(folder, items, tokenizer, length):
+    """A data folder of texts or pairs, a fifth of them held out: its path."""
+    texts = []
+    for item in items:
+        texts.extend(prepare_data.as_texts(item))
+    spec = prepare_data.make_tokenizer(tokenizer, texts)
+    encoding = prepare_data.make_encoding(spec)
+    ids, _ = prepare_data.pack_rows(encoding, items, length)
+    cut = len(ids) // length // 5 * length
+    pairs = isinstance(items[0], tuple)
+    prepare_data.save_dataset(folder, ids[cut:], ids[:cut], spec, 'rows', pairs, length, 'a test')
+    return folder
+
+
+def make_model(path, folder, seed=0, **config):
+    """A tiny model with random weights, saved as the training scripts save theirs: its path."""
+    meta, _, _ = prepare_data.load_dataset(folder)
+    torch.manual_seed(seed)
+    shape = {'layers': 1, 'heads': 2, 'width': 32, 'channels': 8, 'cond': 16}
+    network = models.build(models.Config(meta['vocab'], meta['length'], **shape, **config))
+    # a fresh head writes the same token everywhere
+    torch.nn.init.normal_(network.net.head.weight)
+    models.save(path, network, network, meta=meta, options={'data': str(folder)}, iter=7)
+    return path
+
+
+def untrained(kind, length=6, vocab=12, width=32, channels=8):
+    """An untrained model whose head is not zero."""
+    student = kind == 'student'
+    config = models.Config(vocab, length, layers=2, heads=2, width=width, channels=channels,
+                           cond=16, model='flm' if student else kind, two_time=student)
+    network = models.build(config)
+    torch.nn.init.normal_(network.net.head.weight)
+    return network.eval()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def text(here):
+    """Short texts, of which 40 are held out."""
+    words = ['red', 'green', 'blue', 'old', 'new', 'cat', 'dog']
+    rng = np.random.default_rng(0)
+    texts = [' '.join(rng.choice(words, 4)) + '.' for _ in range(200)]
+    return make_data(here / 'data/words', texts, 'byte', 24)
+
+
+@pytest.fixture
+def pairs(here):
+    """Pairs of a number and its words."""
+    items = [(str(n), f'tell me {n} more') for n in range(100)]
+    return make_data(here / 'data/numbers', items, 'byte', 24)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No timing in earnest: each work is done once, and machines are of known rates."""
+    monkeypatch.setattr(bench, 'machine_rates', lambda device: (1e9, 1e9))
+    monkeypatch.setattr(bench, 'median_time', lambda work, device: bench.clock(work, device))
+
+
+@pytest.fixture
+def one_process(monkeypatch, quick):
+    """Training steps in this process: a new one has to import torch."""
+    monkeypatch.setattr(bench, 'in_own_process', lambda work, *arguments: work(*arguments))
+
+
+# -----------------------------------------------------------------------------
+# Distances
+
+def test_jensen_shannon_by_hand():
+    """A divergence in bits, of unequal weights, or not a number for texts without an n-gram."""
+    alike = bench.jensen_shannon('aab', 'abb')
+
+    assert alike == pytest.approx(math.log(32 / 27) / 3)
+    assert bench.jensen_shannon('aab', 'baa') == pytest.approx(0, abs=1e-12)
+    assert bench.jensen_shannon('aab', 'c') == pytest.approx(math.log(2))
+    assert bench.jensen_shannon([], 'c') == pytest.approx(math.log(2))
+
+
+def test_ngrams_stay_within_a_row():
+    """N-grams from the end of one text into the next, which no text has."""
+    grams = bench.all_ngrams([[1, 2, 3], [4], [5, 6]], 2)
+
+    assert grams == [(1, 2), (2, 3), (5, 6)]
+
+
+def test_energy_distance_by_hand():
+    """Rows that are compared with themselves, so that even equal laws seem apart."""
+    a = [[1], [2]]
+    b = [[1], [1]]
+
+    # bags of one token: |x - y| is sqrt 2 or 0
+    want = 2 * math.sqrt(2) / 2 - math.sqrt(2) - 0
+    assert bench.energy_distance(a, b) == pytest.approx(want, abs=1e-6)
+
+
+def test_repetition_does_not_fool_the_distances():
+    """A figure that is best for a few likely rows over and over, as perplexity is."""
+    # each of 40 words is followed by few others: a text whose perplexity is known exactly
+    rng = np.random.default_rng(0)
+    chain = rng.dirichlet(np.full(40, 0.2), 40)
+
+    def draw_row():
+        row = [0]
+        for _ in range(23):
+            row.append(int(rng.choice(40, p=chain[row[-1]])))
+        return row
+
+    def nats(row):
+        return -np.mean([np.log(chain[a, b]) for a, b in zip(row, row[1:])])
+
+    real = [draw_row() for _ in range(400)]
+    other = [draw_row() for _ in range(400)]
+    likely = sorted((row[:12] * 2 for row in real), key=nats)[:7] * 57
+    assert np.mean([nats(row) for row in likely]) < np.mean([nats(row) for row in real])
+
+    good = bench.energy_distance(other, real)
+    bad = bench.energy_distance(likely, real)
+    grams = [bench.all_ngrams(rows, 3) for rows in (real, other, likely)]
+
+    assert abs(good) < 0.1 < bad
+    assert bench.jensen_shannon(grams[2], grams[0]) > 2 * bench.jensen_shannon(grams[1], grams[0])
+
+
+def test_copies_are_found_wherever_they_stand(text, monkeypatch):
+    """Only the first part of a large training set is looked through."""
+    meta, train, _ = prepare_data.load_dataset(text)
+    rows = prepare_data.as_rows(train, meta['length'])
+    texts = [ids for _, ids in prepare_data.split_rows(rows[-3:], meta)]
+
+    seen = bench.training_texts(train, meta)
+
+    assert bench.copied([*texts, [1, 2, 3]], seen) == 0.75
+
+
+def test_perplexity_is_of_the_text_and_not_of_the_padding():
+    """Padding that is scored, or rows that count alike whatever their length."""
+    scorer = untrained('ar')
+    # V is 12, so <eos> is 8 and <pad> 9
+    meta = {'kind': 'rows', 'special': {'<eos>': 8, '<pad>': 9, '<sep>': 10, '<bos>': 11}}
+    rows = torch.tensor([[1, 2, 8, 9, 9, 9], [3, 3, 3, 3, 3, 8]])
+
+    perplexity = bench.generative_perplexity(rows, meta, scorer)
+
+    before = torch.cat([torch.full((2, 1), 11), rows[:, :-1]], dim=1)
+    log_p = scorer.predict(before).log_softmax(-1).gather(2, rows[..., None])[..., 0]
+    want = math.exp(-(log_p[0, :3].sum() + log_p[1].sum()).item() / 9)
+    assert perplexity == pytest.approx(want, rel=1e-4)
+
+
+def test_perplexity_of_a_stream_is_of_all_its_tokens():
+    """A row of a stream that is scored up to its first <eos> only."""
+    meta = {'kind': 'stream', 'special': {'<eos>': 8, '<pad>': 9, '<sep>': 10, '<bos>': 11}}
+
+    scored = bench.scored_positions(torch.tensor([[1, 8, 2]]), meta)
+
+    assert scored.all()
+
+
+# -----------------------------------------------------------------------------
+# Pairs
+
+def test_bleu_is_what_others_call_bleu():
+    """A BLEU whose reference and hypothesis have changed places, or of other n-grams."""
+    text = 'the cat sat on the mat today'
+    reference = 'the cat sat on the red mat'
+
+    ours = bench.bleu(text, reference)
+
+    theirs = sacrebleu.sentence_bleu(text, [reference], smooth_method='none', tokenize='none')
+    assert ours == pytest.approx(theirs.score / 100)
+
+
+def test_self_bleu_is_the_mean_over_pairs():
+    """All other texts as references at once, which gives another figure by the same name."""
+    texts = ['a b c d e', 'a b c d f g', 'x y a b c']
+
+    found = bench.self_bleu(texts)
+
+    a, b, c = texts
+    want = (bench.bleu(a, b) + bench.bleu(a, c) + bench.bleu(b, c)) / 3
+    assert found == pytest.approx(want)
+    assert bench.self_bleu(['a b c d e'] * 3) == pytest.approx(1)
+    assert bench.self_bleu(['alone']) == 0
+
+
+def test_distinct_and_rouge_by_hand():
+    """dist-1 over words of several texts, div-4 of characters, or a recall called ROUGE-L."""
+    texts = ['a b c d e', 'a b c d f']
+
+    assert bench.distinct(['a a b'], 1) == pytest.approx(2 / 3)
+    assert bench.distinct(texts, 4) == pytest.approx(3 / 4)
+    # 2 of 3 and 2 of 4 words in common: F is 4/7
+    assert bench.rouge_l('the cat sat', 'the black cat ran') == pytest.approx(4 / 7)
+
+
+def test_the_choice_is_the_text_most_like_the_others():
+    """The first or the longest sample in place of the minimum-Bayes-risk choice."""
+    texts = ['no word of these here', 'the cat sat on the mat', 'the cat sat on the red mat',
+             'a cat sat on the mat']
+
+    chosen = bench.most_alike(texts)
+
+    assert chosen == 1
+
+
+def test_mbr_scores_one_sample_of_each_source(pairs, capsys):
+    """Choosing among the samples of different sources, or scoring all of them."""
+    path = make_model(Path('m.pt'), pairs, two_time=True)
+    reference = bench.Reference(str(pairs), *held_out(pairs), [], set(), 0.0, None)
+    options = bench.parse(['quality', str(path), '--rows', '6', '--mbr', '3'])
+    known, _ = bench.known_rows(reference, options, seed=0)
+    meta = reference.meta
+    # of the first source two rows out of three are right, of the other one all
+    rows = known.clone()
+    rows[0] = known[3]
+    rows[0, :4] = known[0, :4]
+
+    figures = bench.source_figures(rows, known, reference, options)
+
+    sources = [source for source, _ in prepare_data.to_texts(known, meta)]
+    assert sources == [sources[0]] * 3 + [sources[3]] * 3
+    assert figures['bleu'] == pytest.approx(1)
+
+
+def held_out(folder):
+    """A data folder's meta, and its rows that are held out."""
+    meta, _, val = prepare_data.load_dataset(folder)
+    return meta, torch.from_numpy(prepare_data.as_rows(val, meta['length']))
+
+
+def test_only_the_source_is_given(pairs):
+    """A model that is shown the text it is to write, which then scores 1."""
+    reference = bench.Reference(str(pairs), *held_out(pairs), [], set(), 0.0, None)
+    options = bench.parse(['quality', 'm.pt', '--rows', '8', '--per-source', '2'])
+
+    known, given = bench.known_rows(reference, options, seed=0)
+
+    sep = reference.meta['special']['<sep>']
+    for row, shown in zip(known.tolist(), given.tolist()):
+        at = row.index(sep) + 1
+        assert shown == row[:at] + [-1] * (len(row) - at)
+    assert torch.equal(known[0::2], known[1::2])
+
+
+# -----------------------------------------------------------------------------
+# Quality, as it is called
+
+def test_quality_of_text(text, capsys):
+    """A figure that is lost, a seed that is not used, a table without its reference."""
+    for seed in (0, 1):
+        make_model(Path(f'out/{seed}/student.pt'), text, seed, two_time=True)
+    make_model(Path('ar.pt'), text, model='ar')
+    names = ['out/{seed}/student.pt', 'ar.pt']
+
+    status, out, _ = run_bench(capsys, 'quality', *names, '--nfe', 1, 2, '--rows', 20, '--seeds', 2,
+                         '--scorer', 'ar.pt', '--out', 'q.json')
+
+    assert status == 0
+    written = json.loads(Path('q.json').read_text())
+    lines = [(line['model'], line['nfe']) for line in written['runs']]
+    # ar makes a call for each of 24 tokens, whatever is asked for
+    assert lines == [('held-out text', ''), ('the same, shuffled', ''), (names[0], 1),
+                     (names[0], 2), (names[1], 24)]
+    held, mixed, one, *_ = [line['seeds'][0] for line in written['runs']]
+    assert set(one) == {'entropy', 'unique', 'words', 'js1', 'js2', 'js3', 'energy', 'gen_ppl',
+                        'self_bleu', 'copied', 'ms_per_row'}
+    assert held['js1'] == pytest.approx(mixed['js1'])
+    assert held['js3'] < mixed['js3']
+    first, second = written['runs'][2]['seeds']
+    assert first['js1'] != second['js1']
+    about = {'device', 'cpu_capability', 'torch', 'threads', 'date', 'command', 'options'}
+    assert about <= set(written)
+    assert out.count('| out/{seed}/student.pt |') == 2
+    xml.etree.ElementTree.parse('q.svg')
+
+
+def test_quality_of_stories_says_what_is_copied_by_chance(here, capsys):
+    """Copies of frequent texts that look like learning by heart."""
+    folder = make_data(here / 'data/stories', prepare_data.stories(300), 'stories', 21)
+    make_model(Path('m.pt'), folder, two_time=True)
+
+    status, _, _ = run_bench(capsys, 'quality', 'm.pt', '--nfe', 1, '--rows', 20, '--out', 'q.json')
+
+    held, _, ours = [line['seeds'][0] for line in json.loads(Path('q.json').read_text())['runs']]
+    assert status == 0
+    assert held['valid'] == 1
+    assert ours['valid'] < 1
+    assert ours['copied_by_chance'] == prepare_data.expected_seen(240)
+    assert {'well_formed', 'slot_entropy', 'slot_divergence', 'unique', 'copied'} <= set(ours)
+
+
+def test_quality_of_pairs(pairs, capsys):
+    """Figures of several samples where there is only one, or the other way round."""
+    make_model(Path('m.pt'), pairs, model='diffuseq')
+
+    run_bench(capsys, 'quality', 'm.pt', '--nfe', 2, '--rows', 6, '--out', 'one.json')
+    run_bench(capsys, 'quality', 'm.pt', '--nfe', 2, '--rows', 6, '--per-source', 3,
+              '--out', 'many.json')
+
+    one, many = [json.loads(Path(name).read_text())['runs'][0]['seeds'][0]
+                 for name in ('one.json', 'many.json')]
+    assert {'bleu', 'rouge_l', 'dist1', 'unique'} <= set(one)
+    assert set(many) - set(one) == {'self_bleu', 'div4'}
+
+
+def test_quality_of_dates_needs_no_reference(here, capsys, monkeypatch):
+    """One of eight right answers taken for the only one; a package asked for without need."""
+    items = [(f'1987-03-{day}', f'March {day}, 1987') for day in range(10, 32)]
+    folder = make_data(here / 'data/dates', items, 'dates', 23)
+    make_model(Path('m.pt'), folder, two_time=True)
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+
+    status, _, _ = run_bench(capsys, 'quality', 'm.pt', '--nfe', 1, '--rows', 4, '--out', 'q.json')
+
+    figures = json.loads(Path('q.json').read_text())['runs'][0]['seeds'][0]
+    assert status == 0
+    assert set(figures) == {'valid', 'form_entropy', 'ms_per_row'}
+
+
+def test_without_a_name_the_newest_student_and_its_teacher(text, capsys):
+    """A model of another data set in silence."""
+    make_model(Path('out/old/student/model.pt'), text, two_time=True)
+    os.utime('out/old/student/model.pt', (1, 1))
+    make_model(Path('out/new/student/model.pt'), text, two_time=True)
+    make_model(Path('out/new/teacher/model.pt'), text)
+
+    status, out, _ = run_bench(capsys, 'quality', '--nfe', 1, '--rows', 20)
+
+    written = json.loads(Path('out/quality.json').read_text())
+    assert status == 0
+    assert 'out/new/student and out/new/teacher' in out.splitlines()[0]
+    assert [line['model'] for line in written['runs'][2:]] == ['out/new/student', 'out/new/teacher']
+
+
+@pytest.mark.parametrize('kind, words, want', [
+    ('flm', ['--gamma', '0.5', '--temperature', '0.5'], {'gamma': 0.5, 'temperature': 0.5}),
+    ('student', ['--gamma', '0.5'], {'gamma': 0.5}),
+    ('diffuseq', ['--method', 'ddim', '--clamp'], {'method': 'ddim', 'clamp': True}),
+    ('mdlm', ['--temperature', '0.5'], {'temperature': 0.5}),
+])
+def test_sampling_options_reach_the_sampler(kind, words, want):
+    """An option that is accepted and does nothing."""
+    options = bench.parse(['quality', 'm.pt', *words])
+    network = untrained(kind)
+
+    how = bench.sampling(options, network.config)
+
+    assert how == want
+    assert network.sample(torch.full((2, 6), -1), 2, **how).shape == (2, 6)
+
+
+def test_a_model_that_fails_does_not_stop_the_others(text, capsys, monkeypatch):
+    """An hour of figures lost to one model; a failure that ends with status 0."""
+    make_model(Path('good.pt'), text, two_time=True)
+    make_model(Path('bad.pt'), text, model='mdlm')
+
+    def out_of_memory(*how, **more):
+        raise RuntimeError('out of memory\nwith many more lines')
+
+    monkeypatch.setattr(models.MaskedDiffusion, 'sample', out_of_memory)
+    status, out, err = run_bench(capsys, 'quality', 'bad.pt', 'good.pt', '--nfe', 1, '--rows', 20)
+
+    written = json.loads(Path('out/quality.json').read_text())
+    assert status == 1
+    assert err == 'bad.pt, nfe 1: failed: RuntimeError: out of memory\n'
+    assert written['failed'] == [err.strip()]
+    assert [line['model'] for line in written['runs']][2:] == ['good.pt']
+    assert '| good.pt | 1 |' in out
+
+
+def test_what_was_measured_outlives_a_stop(text, monkeypatch, capsys):
+    """Figures that are only written at the end."""
+    make_model(Path('m.pt'), text, two_time=True)
+    done = []
+    measure = bench.measure
+
+    def stop_at_the_second(*how):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return measure(*how)
+
+    monkeypatch.setattr(bench, 'measure', stop_at_the_second)
+    options = bench.parse(['quality', 'm.pt', '--nfe', '1', '2', '--rows', '20', '--out', 'q.json'])
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run_script(lambda: bench.main(options))
+
+    assert end.value.code == 130
+    assert capsys.readouterr().err.count('\n') == 1
+    assert [line['nfe'] for line in json.loads(Path('q.json').read_text())['runs']] == ['', '', 1]
+
+
+# -----------------------------------------------------------------------------
+# What is refused, and that it is refused before anything is measured
+
+@pytest.fixture
+def no_samples(monkeypatch):
+    """Any sample that is drawn, and any time that is taken, is an error."""
+    def never(*how, **more):
+        raise AssertionError('measured before all was checked')
+    monkeypatch.setattr(bench, 'write_rows', never)
+    monkeypatch.setattr(bench, 'text_figures', never)
+    monkeypatch.setattr(bench, 'median_time', never)
+
+
+def test_models_that_cannot_be_compared_are_refused(text, here, capsys, no_samples):
+    """The second model found to be of other data after the first took an hour."""
+    make_model(Path('m.pt'), text)
+    other = [f'{n} green bottles' for n in range(200)]
+    for name, length, tokenizer in (('data', 24, 'byte'), ('length', 32, 'byte'),
+                                    ('tokenizer', 24, 'bpe:300')):
+        folder = make_data(here / f'data/{name}', other, tokenizer, length)
+        make_model(Path(f'{name}.pt'), folder)
+
+    for name, said in (('data', 'other data'), ('length', 'rows of 32 tokens'),
+                       ('tokenizer', 'another tokenizer')):
+        line = bench_refused(capsys, 'quality', 'm.pt', f'{name}.pt', '--rows', 20)
+
+        assert f'{name}.pt: ' in line
+        assert said in line
+        assert 'm.pt' in line
+
+
+def test_data_that_were_prepared_anew_are_refused(text, here, capsys, no_samples):
+    """Samples held against other text than the model has learnt from."""
+    make_model(Path('m.pt'), text)
+    other = [f'{n} green bottles' for n in range(200)]
+
+    make_data(text, other, 'byte', 24)
+    assert 'm.pt' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 20)
+    make_data(text, other, 'byte', 32)
+    assert 'rows of 32 tokens' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 20)
+    make_data(text, other, 'bpe:300', 24)
+    assert 'another tokenizer' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 20)
+    (text / 'meta.json').unlink()
+    assert 'prepare_data.py' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 20)
+
+
+def test_the_same_data_in_another_folder_are_the_same(text, here, capsys):
+    """Two equal folders that count as different, since their names are part of a checksum."""
+    copy = here / 'data/copy'
+    meta, train, val = prepare_data.load_dataset(text)
+    prepare_data.save_dataset(copy, train, val, meta['tokenizer'], 'rows', False, 24, 'elsewhere')
+    make_model(Path('m.pt'), text, two_time=True)
+    make_model(Path('n.pt'), copy, two_time=True)
+
+    status, _, _ = run_bench(capsys, 'quality', 'm.pt', 'n.pt', '--nfe', 1, '--rows', 20)
+
+    assert status == 0
+
+
+def test_too_little_held_out_text_is_refused_with_what_would_do(text, pairs, capsys, no_samples):
+    """An error from the depths of numpy, or fewer real rows than samples beside them."""
+    make_model(Path('m.pt'), text)
+    make_model(Path('p.pt'), pairs)
+
+    assert '--rows 20, or less' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 21)
+    assert '--rows 20, or less' in bench_refused(capsys, 'quality', 'p.pt', '--rows', 21)
+    assert '--rows 60, or less' in bench_refused(capsys, 'quality', 'p.pt', '--mbr', 3)
+    message = bench_refused(capsys, 'quality', 'p.pt', '--per-source', 4, '--rows', 3)
+    assert 'at least the 4' in message
+
+
+def test_options_without_effect_are_refused(text, pairs, capsys, no_samples):
+    """A figure that is reported for an option that no model heard of."""
+    make_model(Path('m.pt'), text, model='mdlm')
+    make_model(Path('p.pt'), pairs, two_time=True)
+
+    for name, words in (('m', '--gamma 0.5'), ('p', '--temperature 0.5'), ('m', '--method ddim'),
+                        ('m', '--clamp'), ('m', '--mbr 2'), ('m', '--per-source 2'),
+                        ('p', '--scorer m.pt'), ('p', '--mbr 2 --per-source 2')):
+        option = words.split()[0]
+
+        line = bench_refused(capsys, 'quality', f'{name}.pt', '--rows', 20, *words.split())
+
+        assert option in line
+
+
+def test_scorers_that_cannot_judge_are_refused(text, here, capsys, no_samples):
+    """A perplexity under a masked model, or of tokens of another vocabulary."""
+    make_model(Path('m.pt'), text)
+    other = make_data(here / 'data/o', [f'{n} bottles' for n in range(200)], 'bpe:300', 24)
+    make_model(Path('other.pt'), other, model='ar')
+
+    message = bench_refused(capsys, 'quality', 'm.pt', '--rows', 20, '--scorer', 'm.pt')
+    assert 'no ar model' in message
+    assert 'another tokenizer' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 20,
+                                          '--scorer', 'other.pt')
+
+
+@pytest.mark.parametrize('package, advice', [('nltk', 'nltk'), ('rouge_score', 'rouge-score')])
+def test_missing_packages_are_named_first(pairs, capsys, monkeypatch, no_samples, package, advice):
+    """An ImportError after all samples are drawn."""
+    make_model(Path('p.pt'), pairs)
+    find_spec = bench.importlib.util.find_spec
+    monkeypatch.setattr(bench.importlib.util, 'find_spec',
+                        lambda name: None if name == package else find_spec(name))
+
+    line = bench_refused(capsys, 'quality', 'p.pt', '--rows', 20)
+
+    assert f'pip install {advice}' in line
+    assert 'p.pt' in line
+
+
+@pytest.mark.parametrize('what', ['quality m.pt --rows 20', 'speed m.pt', 'train 1,8,16,8'])
+def test_figures_that_cannot_be_written_are_refused_first(text, capsys, no_samples, what):
+    """A folder for the figures' name, found after all was measured."""
+    make_model(Path('m.pt'), text)
+    Path('file').write_text('')
+
+    assert 'is a folder' in bench_refused(capsys, *what.split(), '--out', 'data')
+    assert 'cannot be written' in bench_refused(capsys, *what.split(), '--out', 'file/q.json')
+
+
+@pytest.mark.parametrize('line', [
+    '', 'nonsense', 'quality no.pt', 'quality', 'quality m.pt --rows 0', 'quality m.pt --rows 1',
+    'quality m.pt --nfe x', 'quality m.pt --nfe 0', 'quality m.pt --gamma 2', 'speed no.pt',
+    'quality m.pt --temperature 0', 'quality m.pt --temperature nan', 'quality m.pt --seeds -1',
+    'quality m.pt --method euler', 'quality m.pt --scorer no.pt', 'quality m.pt --device nowhere',
+    'speed student,8,16@1', 'speed student,8,16,7@1', 'speed flm,8,16,8@0', 'speed ar,8,16,8@4',
+    'speed flm,0,16,8@1', 'speed flm,8,2,8@1', 'speed m.pt --batch 0', 'speed ar.pt@8', 'train',
+    'train 1,9', 'train 0,8,16,8', 'train 1,8,16,7', 'train 1,8,16,8 --layers 0', 'gpu',
+    'gpu --only nothing', 'gpu --tiny --only call --skip call', 'quality --rows ' + '9' * 5000,
+])
+def test_bad_input_is_one_line_and_status_2(text, capsys, no_samples, line):
+    """A traceback, or a measurement of something else than what was asked for."""
+    make_model(Path('m.pt'), text)
+    make_model(Path('ar.pt'), text, model='ar')
+
+    said = bench_refused(capsys, *line.split())
+
+    assert len(said) < 300
+    assert not Path('out').exists() or not list(Path('out').iterdir())
+
+
+@pytest.mark.parametrize('what', ['quality', 'speed', 'train', 'gpu'])
+def test_help_names_every_option(capsys, what):
+    """An option without a word of help."""
+    with pytest.raises(SystemExit) as end:
+        bench.parse([what, '-h'])
+
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert '--device' in out
+    for line in re.findall(r'^  (--\S+.*)$', out, re.M):
+        assert '  ' in line or line in out
+
+
+def test_commands_of_the_docstring_are_understood():
+    """An example on the first page that does not run."""
+    lines = re.findall(r'^    python bench\.py([^#\n]*)', bench.__doc__, re.M)
+
     for line in lines:
-        status, out, err = call(line)
-        assert status == 2 and err.count('\n') == 1 and not out, (line, out, err)
-    found = {str(p) for x in ('*', 'data/*') for p in Path().glob(x)}
-    assert found == {*files, 'new.pt', 'evil.pt', 'data', 'data/cache'}         # nothing "owned"
-    status, out, _ = call(f'sample.py {dozen}/student --n 1', '1987-03-23\n2001-12-04\n')
-    assert [x.split(' -> ')[0] for x in out.splitlines()] == ['1987-03-23', '2001-12-04']
+        assert bench.parse(shlex.split(line)).what in line
 
-def test_commands_of_readme_and_makefile(call, monkeypatch):
-    text = (README + (HERE / 'Makefile').read_text()).replace('\\\n', '').replace('$(PY)', 'python')
-    found = re.findall(r'(?:python|=8) (\w+)\.py([^#`&|\n]*)', re.sub(r'\$+\w', '1', text))  # $D
-    free = dict(prepare_data='name', sample='checkpoint', distill='teacher', bench='what')
-    for name, more in found:
-        monkeypatch.setattr(sys, 'argv', [name, *shlex.split(more)])
-        prepare_data.parse(globals()[name].Options, free.get(name, ''))
-    assert len(found) > 40 and all(call('sample.py' + more)[0] == 0 for _, more in found[:2])
+    assert len(lines) == 6
 
-def test_snippets_of_the_readme():
-    teach, distil, sampler = re.findall(r'```python\n(.*?)```', README, re.S)
-    model, tokens, given = tiny(80, two_time=True), torch.randint(9, (8, 6)), torch.full((8, 6), -1)
-    model.net.head.bias.data[-2:], _ = -30, model.rare.uniform_()   # <sep>, <bos> are never written
-    rng, *same = (torch.Generator().manual_seed(0) for _ in range(3))
-    def net(h, *at):
-        return model.predict(h, given, *(x + torch.zeros(8) for x in at))
-    says = dict(torch=torch, B=8, u=.3, tokens=tokens, E=model.net.embed, net=net, student=net,
-                teacher=net, R=model.noise_factor(48), z=torch.randn(8, 6, 32, generator=rng),
-                read=lambda p: model.read(p, given), t_of=lambda x: model.t_of(x)[:, None, None],
-                jump=lambda h, p, *at: model.jump(h, p, given, *at),
-                cross_entropy=lambda x, y: cross_entropy(x.mT, y if y.ndim == 2 else y.mT))
-    exec(teach, says)
-    assert torch.allclose(says['loss'], model.loss(tokens, given, says['tau'], same[0]).mean())
-    s, t = says['start'], says['end'] = torch.tensor([[.2], [.8]]).expand(2, 8)
-    exec(distil, says)
-    want = distill.rollout(model, model.predict, says['h'], given, s, t, 8)
-    assert torch.allclose(says['target'], want, atol=1e-6)
-    exec(sampler, says)
-    assert torch.equal(says['text'], write_rows(model, given, 1, same[1], temperature=.5))
 
-BUDGET = {'model.py': 600, 'train_teacher.py': 300, 'distill.py': 350, 'sample.py': 220,
-          'prepare_data.py': 300, 'bench.py': 350, 'test_core.py': 450, 'README.md': 250}
-def test_budgets_and_width():
-    for name, limit in BUDGET.items():
-        lines, page = (HERE / name).read_text(encoding='utf-8').split('\n')[:-1], 'md' in name
-        assert len(lines) <= limit, f'{name}: {len(lines)} lines, budget {limit}'
-        assert page or max(map(len, lines)) <= 100 and f'`{name}` | {len(lines)} |' in README, name
-    assert {p.name for p in HERE.glob('*.py')} <= set(BUDGET)
+# -----------------------------------------------------------------------------
+# Speed
+
+@pytest.mark.parametrize('kind', ['student', 'flm', 'diffuseq', 'mdlm', 'ar'])
+def test_the_floor_counts_what_is_computed(kind):
+    """Products that are not computed (a table's), or some left out: a floor that is none."""
+    network = untrained(kind, length=16, vocab=40)
+    nfe = 16 if kind == 'ar' else 3
+    nothing = torch.full((2, 16), -1)
+
+    # the counter knows attention only as the products that it is made of
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network.sample(nothing, nfe)
+        counted = counter.get_total_flops()
+
+    least = 2 * bench.row_work(network, nfe)
+    # times, noise and the like are left out: they are small beside the rest of a real model
+    assert 0.75 * counted < least <= counted
+
+
+def test_tables_are_not_products():
+    """The table of known tokens, V x D, where only rows are looked up, counted as a product."""
+    small = untrained('flm', vocab=40)
+    large = untrained('flm', vocab=4000)
+
+    more = bench.token_weights(large) - bench.token_weights(small)
+
+    # the head alone
+    assert more == 3960 * 32
+    weights = sum(p.nbytes for p in large.net.parameters())
+    tables = large.net.embed.nbytes + large.net.known.weight.nbytes
+    assert bench.bytes_read(large, 1, 1, 4) == weights - tables
+    assert bench.bytes_read(large, 1, 3, 4) == 3 * (weights - tables) + 2 * large.net.embed.nbytes
+
+
+def test_the_floor_is_the_longer_of_two():
+    """A floor below what a machine can do, or times that do not grow with the rows."""
+    network = untrained('mdlm')
+    work = bench.row_work(network, 2)
+
+    assert bench.least_time(network, 3, 2, (1.0, 1e30), 4) == 3 * work
+    assert bench.least_time(network, 3, 2, (1e30, 1.0), 4) == bench.bytes_read(network, 3, 2, 4)
+
+
+def test_slow_work_is_timed_a_few_times_only(monkeypatch):
+    """2,000 calls that are made 23 times; a median of one."""
+    taken = []
+
+    def clock(work, device):
+        taken.append(1)
+        return 6.0
+
+    monkeypatch.setattr(bench, 'clock', clock)
+
+    assert bench.median_time(None, CPU) == 6.0
+    # two to warm up, three to time
+    assert len(taken) == 5
+
+
+def test_speed_of_checkpoints_and_sizes(text, quick, capsys):
+    """Calls of one model given to another; a batch that is left out."""
+    make_model(Path('m.pt'), text, two_time=True)
+
+    status, out, _ = run_bench(capsys, 'speed', 'm.pt@1,3', 'ar,8,16,8', 'diffuseq,8,16,8',
+                               '--nfe', 2,
+                         '--batch', 1, 2, '--layers', 1, '--out', 's.json')
+
+    written = json.loads(Path('s.json').read_text())
+    lines = [(line['model'], line['nfe'], line['seeds'][0]['batch']) for line in written['runs']]
+    assert status == 0
+    assert lines == [('m.pt', 1, 1), ('m.pt', 3, 1), ('m.pt', 1, 2), ('m.pt', 3, 2),
+                     ('ar,8,16,8', 8, 1), ('ar,8,16,8', 8, 2),
+                     ('diffuseq,8,16,8', 2, 1), ('diffuseq,8,16,8', 2, 2)]
+    assert written['GFLOP_per_s'] == 1
+    assert out.count('rows_per_s') == 9
+
+
+def test_a_name_with_an_at_sign_is_a_name():
+    """A folder `runs@home` taken for a model and its calls."""
+    assert bench.split_calls('runs@home/m.pt') == ('runs@home/m.pt', [])
+    assert bench.split_calls('runs@home/m.pt@1,64') == ('runs@home/m.pt', [1, 64])
+
+
+def test_an_untrained_student_is_a_student():
+    """A size timed with the wrong network: one time, other channels, odd heads."""
+    student = bench.new_model('student', 8, 16, 96, 3)
+
+    assert student.config.two_time
+    assert student.config.layers == 3
+    assert student.config.channels == 96
+    assert student.config.heads == 3
+
+
+# -----------------------------------------------------------------------------
+# Training speed
+
+def test_dense_and_projected_are_the_same_loss():
+    """A formulation that is slow, or fast, since it computes something else."""
+    # of so few tokens the projected formulation draws all V normals, too
+    network = untrained('flm', vocab=12, channels=16)
+    tokens = torch.randint(8, (4, 6))
+    given = torch.full_like(tokens, -1)
+    tau = torch.rand(4)
+
+    torch.manual_seed(1)
+    projected = network.loss(tokens, given, tau)
+    torch.manual_seed(1)
+    dense = bench.dense_loss(network, tokens, given, tau)
+
+    torch.testing.assert_close(dense, projected)
+
+
+def test_train_times_every_formulation(here, one_process, capsys):
+    """A formulation that is left out; tokens that are rows."""
+    status, _, _ = run_bench(capsys, 'train', '2,8,16,8', '--layers', 1, '--out', 't.json')
+
+    written = json.loads(Path('t.json').read_text())
+    assert status == 0
+    assert [line['model'] for line in written['runs']] == ['projected 2,8,16,8', 'dense 2,8,16,8']
+    for line in written['runs']:
+        figures = line['seeds'][0]
+        assert figures['tokens'] == 16
+        assert figures['tokens_per_s'] == pytest.approx(16 / figures['ms'] * 1000)
+        assert figures['mfu'] > 0
+
+
+def take(megabytes):
+    """Hold so much memory for a moment: how far the peak rises."""
+    before = bench.peak_memory(CPU)
+    held = bytearray(megabytes * 10 ** 6)
+    held[::4096] = b'x' * len(held[::4096])
+    return bench.peak_memory(CPU) - before
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='peaks are read from /proc')
+def test_a_process_does_not_inherit_the_peak_of_its_parent():
+    """A small peak that is reported as 0, since the parent has had a larger one."""
+    take(600)
+
+    rise = bench.in_own_process(take, 50)
+
+    assert 40e6 < rise < 200e6
+
+
+def test_a_process_that_fails_or_dies_is_an_error():
+    """Waiting for ever for the result of a process that was killed."""
+    with pytest.raises(RuntimeError, match='ValueError'):
+        bench.in_own_process(int, 'x')
+    with pytest.raises(RuntimeError, match='killed'):
+        bench.in_own_process(die)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='sends a POSIX signal')
+def test_ctrl_c_is_one_line_even_with_a_process_at_work(here):
+    """Two tracebacks, or a process that goes on by itself."""
+    script = Path(bench.__file__)
+    command = [sys.executable, script, 'train', '64,128,8192,256', '--out', 't.json']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # after this line the process for the first formulation is started
+    assert 'GFLOP' in process.stdout.readline()
+    time.sleep(1)
+
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert err.count('\n') == 1
+
+
+# -----------------------------------------------------------------------------
+# The list for one GPU
+
+def test_every_line_for_a_gpu_can_be_rehearsed(here, one_process, capsys):
+    """A line that fails on the borrowed machine, after ten minutes; one that is left out."""
+    status, _, err = run_bench(capsys, 'gpu', '--tiny')
+
+    found = {path.name: json.loads(path.read_text()) for path in Path('out').glob('*.json')}
+    lines = {name: [line['model'] for line in written['runs']] for name, written in found.items()}
+    assert status == 0, err
+    assert set(lines) == {'gpu-train.json', 'gpu-call.json', 'gpu-samplers.json'}
+    # three formulations, compiled and not
+    assert len(lines['gpu-train.json']) == 6
+    assert lines['gpu-call.json'] == ['student,16,64,32'] * 2
+    kinds = [name.split(',')[0] for name in lines['gpu-samplers.json']]
+    assert kinds == ['ar', 'mdlm', 'mdlm', 'flm', 'diffuseq']
+    # a rehearsal leaves what was measured alone
+    assert not Path('assets').exists()
+
+
+def test_a_step_that_fails_does_not_lose_the_rest(here, one_process, capsys, monkeypatch):
+    """Ten minutes on a borrowed machine lost to one line, or to what comes before the first."""
+    def broken(report, untrained, device):
+        raise RuntimeError('no such machine')
+
+    monkeypatch.setitem(bench.GPU_STEPS, 'train', broken)
+
+    status, out, err = run_bench(capsys, 'gpu', '--tiny', '--folder', 'g', '--skip', 'samplers')
+
+    assert status == 1
+    assert err == 'train: failed: RuntimeError: no such machine\n'
+    assert json.loads(Path('g/gpu-train.json').read_text())['failed']
+    assert len(json.loads(Path('g/gpu-call.json').read_text())['runs']) == 2
+    assert not Path('g/gpu-samplers.json').exists()
+
+
+def test_only_ar_goes_without_a_graph(monkeypatch):
+    """A graph for each length of the cache, or a student without one."""
+    seen = []
+    for kind in ('student', 'ar'):
+        network = untrained(kind)
+        monkeypatch.setattr(network.net, 'compile', lambda **how: seen.append(how))
+        bench.compile_net(network, torch.device('cuda'), graphs=True)
+        bench.compile_net(network, torch.device('cuda'), graphs=False)
+
+    assert seen == [{'mode': 'reduce-overhead', 'dynamic': False}, {}, {}, {}]
+
+
+# -----------------------------------------------------------------------------
+# Tables and pictures
+
+def test_the_table_has_means_and_half_the_range():
+    """A spread of one seed; a figure under another one's name."""
+    lines = [('real', '', [{'js1': 0.5}]),
+             ('model', 4, [{'js1': 1.0, 'ms': 2000.0}, {'js1': 2.0, 'ms': 2000.0}])]
+
+    text = bench.table(lines)
+
+    assert text.splitlines() == [
+        '| | nfe | js1 | ms |',
+        '|---|---|---|---|',
+        '| real |  | 0.5 |  |',
+        '| model | 4 | 1.5 (0.5) | 2,000 |',
+    ]
+
+
+def test_a_picture_has_a_line_for_each_model_and_each_teachers_axis(text):
+    """Real text drawn as a model; points of several models joined by one line."""
+    make_model(Path('t.pt'), text)
+    make_model(Path('s.pt'), text, two_time=True)
+    figures = {'energy': 1.0, 'ms_per_row': 2.0}
+    lines = [('held-out text', '', [{'energy': 0.1}])]
+    lines += [(name, nfe, [figures]) for name in ('t.pt', 's.pt') for nfe in (1, 4)]
+
+    bench.picture(lines, 'q.svg')
+
+    drawn = Path('q.svg').read_text()
+    assert set(bench.flow_teachers(lines)) == {'t.pt'}
+    assert bench.shown_figure(lines) == 'energy'
+    assert drawn.count('<!-- t.pt -->') == 3
+    assert drawn.count('<!-- s.pt -->') == 2
+    assert '<!-- held-out text -->' not in drawn
+
+
+# =============================================================================
+# The page, the weights, the floors
+
+HERE = Path(__file__).parent
+PAGE = (HERE / 'README.md').read_text(encoding='utf-8')
+
+
+def page_table(title):
+    """Rows of the page's table under a heading, by their first cell: {cell: [other cells]}."""
+    part = PAGE.split(f'## {title}\n')[1].split('\n## ')[0]
+    rows = {}
+    for line in part.split('\n'):
+        if line.startswith('| ') and not line.startswith('|---'):
+            first, *others = [cell.strip() for cell in line.strip('|').split('|')]
+            rows[first] = others
+    return rows
+
+
+@pytest.mark.parametrize('name, below', [
+    ('prepare_data', set()),
+    ('model', set()),
+    ('train_teacher', {'prepare_data', 'model'}),
+    ('sample', {'prepare_data', 'model'}),
+    ('distill', {'prepare_data', 'model', 'train_teacher'}),
+    ('bench', {'prepare_data', 'model', 'train_teacher', 'distill', 'sample'}),
+])
+def test_imports_go_downwards(name, below):
+    """A circle of imports, or a file that cannot be read before another one."""
+    ours = {path.stem for path in HERE.glob('*.py')}
+
+    tree = ast.parse((HERE / f'{name}.py').read_text(encoding='utf-8'))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+
+    assert imported & ours <= below
+
+
+def test_snippets_of_the_page_run_as_they_stand():
+    """A page whose code no longer runs, or computes something else than the code it explains."""
+    says = {}
+    torch.manual_seed(0)
+
+    for snippet in re.findall(r'```python\n(.*?)```', PAGE, re.S):
+        exec(snippet, says)
+        # untrained logits are all alike: ln V, whatever the targets
+        assert abs(says['loss'].item() - math.log(109)) < 1e-4
+
+    assert says['text'].shape == (8, 21)
+    flow, s, u, t = says['flow'], *[says[name].double() for name in 'sut']
+    legs = [flow.t_of(x.float())[:, None, None] for x in (s, u, t)]
+    assert torch.equal(says['weight'], models.first_leg_weight(*legs))
+
+
+def test_commands_of_the_page_and_the_makefile_are_understood():
+    """An option that was renamed, but not where people copy it from."""
+    text = PAGE + (HERE / 'Makefile').read_text(encoding='utf-8')
+    text = text.replace('\\\n', ' ').replace('$(PY)', 'python')
+    text = re.sub(r'\$\(\w+\)|\$\w+', 'x', text)
+    scripts = {'prepare_data': prepare_data, 'train_teacher': train_teacher, 'distill': distill,
+               'sample': sample, 'bench': bench}
+
+    found = re.findall(r'^\s+.*?\b(\w+)\.py( [^#`&|\n]*)?(?:#.*)?$', text, re.M)
+    commands = [(name, shlex.split(words)) for name, words in found if name in scripts]
+    for name, words in commands:
+        scripts[name].parse(words)
+
+    assert len(commands) > 20
+    assert {name for name, _ in commands} == set(scripts)
+
+
+def test_the_page_says_what_the_presets_are():
+    """A table of the papers' settings that the code does not take."""
+    table = page_table("The papers' and ours")
+    paper = train_teacher.PRESETS['paper', 'flm']
+    laptop = train_teacher.PRESETS['laptop', 'flm']
+    jumps = {'paper': distill.PRESETS['paper', 'flow map'],
+             'laptop': distill.PRESETS['laptop', 'flow map']}
+
+    for preset, cell in zip((paper, laptop), table['network']):
+        assert f'{preset["layers"]} x {preset["width"]}, {preset["heads"]} heads' in cell
+    assert 'dropout 0.1' in table['network'][0] and paper['dropout'] == 0.1
+    assert f'gates from {paper["gate"]:g}' in table['network'][0]
+    assert f'gates from {laptop["gate"]:g}' in table['network'][1]
+    assert paper['channels'] == paper['width']
+    assert f'({laptop["channels"]})' in table['embedding of a flow'][1]
+    assert (paper['axis'], laptop['axis']) == ('paper', 'measured')
+    assert 'AdamW 3e-4, warm-up 2,500, constant, EMA .9999, batch 512' in table['optimiser'][0]
+    assert (paper['optimiser'], paper['lr'], paper['warmup'], paper['decay'], paper['ema'],
+            paper['batch']) == ('adamw', 3e-4, 2500, 0.0, 0.9999, 512)
+    assert (paper['given'], laptop['given'] > 0) == (0.0, True)
+    assert table['given tokens'][0] == 'none'
+    assert table['flow map: targets'][0] == 'semigroup; diagonal 1/2, of the rest 1/32 at (0, 1)'
+    assert (jumps['paper']['method'], jumps['paper']['diagonal'],
+            jumps['paper']['boundary']) == ('semigroup', 1 / 2, 1 / 32)
+    assert table['flow map: targets'][1] == 'eight calls of the teacher; 1/4, 1/2'
+    assert (jumps['laptop']['method'], jumps['laptop']['diagonal'],
+            jumps['laptop']['boundary']) == ('rollout', 1 / 4, 1 / 2)
+    score = distill.PRESETS['paper', 'score']
+    assert 'Adam 1e-5, constant, no clipping' in table['DLM-One: optimiser'][0]
+    assert (score['lr'], score['warmup'], score['decay'], score['clip'],
+            score['row_noise']) == (1e-5, 0, 0.0, 0.0, False)
+
+
+def test_the_shipped_weights_are_those_of_the_list():
+    """Weights replaced without their checksum, or a checksum of weights that are gone."""
+    lines = (HERE / 'assets/SHA256SUMS').read_text().splitlines()
+
+    listed = dict(reversed(line.split()) for line in lines)
+
+    assert set(listed) == {path.name for path in (HERE / 'assets').glob('*.pt')}
+    for name, digest in listed.items():
+        assert hashlib.sha256((HERE / 'assets' / name).read_bytes()).hexdigest() == digest
+
+
+def test_lines_of_the_page_fit_a_terminal():
+    """A page that a terminal or a diff cannot show; tables and pictures may be wider."""
+    lines = [line for line in PAGE.split('\n') if not line.startswith(('|', '!'))]
+
+    assert max(len(line) for line in lines) <= 100
+    assert len(PAGE.split('\n')) <= 200

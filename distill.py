@@ -642,11 +642,15 @@ def prepare(o):
         fail('--parts: score distillation takes as many as there are processes; leave it out')
     if o.stage != 'score' and automatic:
         more_parts(o, meta, device)
-    crc = zlib.crc32(path.read_bytes())
-    out = Path(o.out) if o.out else path.parent.parent / ('one-call' if o.guide else 'student')
-    ckpt = check_out(out, o, meta, crc)
-    about = dict(meta=meta, options=vars(o),
-                 teacher={'path': o.teacher, 'crc': crc, 'options': teacher_ckpt['options']})
+    parents = {'teacher': {'path': o.teacher, 'crc': zlib.crc32(path.read_bytes()),
+                           'options': teacher_ckpt['options']}}
+    if o.guide:
+        parents['guide'] = {'crc': zlib.crc32(checkpoint_path(o.guide).read_bytes())}
+    # beside the teacher's folder; a file such as a shipped one has none
+    beside = path.parent.parent if path.name == 'model.pt' else Path('out') / meta['name']
+    out = Path(o.out or beside / ('one-call' if o.guide else 'student'))
+    ckpt = check_out(out, o, meta, **parents)
+    about = dict(meta=meta, options=vars(o), **parents)
     return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)
 
 

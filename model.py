@@ -139,7 +139,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, config, out):
         super().__init__()
-        V, D, C = config.vocab, config.width, config.channels
+        V = config.vocab
+        D = config.width
+        C = config.channels
         self.layers = config.layers
         self.embed = nn.Parameter(torch.empty(V, C))  # E
         self.into = nn.Linear(C, D, bias=False) if C != D else nn.Identity()

@@ -1246,6 +1246,39 @@ def test_targets_are_right_at_the_exact_flow_map(target, leg, tolerance):
     assert (found.sum(-1) - 1).abs().max() < 1e-9
 
 
+class NotingNet(ExactNet):
+    """A network that takes note of the times it is asked for."""
+
+    def __init__(self, name, asked):
+        self.name = name
+        self.asked = asked
+
+    def predict(self, h, given, tau, tau_to=None):
+        times = (tau,) if tau_to is None else (tau, tau_to)
+        self.asked.append((self.name, *[round(time.item(), 6) for time in times]))
+        return torch.zeros_like(h)
+
+
+@pytest.mark.parametrize('target, asked', [
+    (distill.semigroup_target, [('student', .2, .6), ('student', .6, 1.)]),
+    (distill.lagrangian_target, [('student', .2, .92), ('teacher', .92)]),
+    (distill.eulerian_target, [('teacher', .2), ('student', .28, 1.)]),
+    (distill.rollout_target, [('teacher', .2), ('teacher', .4), ('teacher', .6), ('teacher', .8)]),
+])
+def test_who_is_asked_for_a_target_and_at_which_times(target, asked):
+    """A student that only learns from itself; at the exact flow map all legs are as good."""
+    found = []
+    student = NotingNet('student', found)
+    teacher = NotingNet('teacher', found)
+    s = torch.tensor([.2], dtype=DOUBLE)
+    t = torch.tensor([1.], dtype=DOUBLE)
+
+    target(student, teacher, torch.randn(1, 4, 3, dtype=DOUBLE), None, s, t,
+           Namespace(leg=.1, rollout=4))
+
+    assert found == asked
+
+
 @pytest.mark.parametrize('s, t', [([.0, .2], [.9, .6]), ([0., 0.], [.999, .999])])
 def test_rollout_finds_the_exact_flow_map(s, t):
     """Copies of the teacher's way that end elsewhere."""
@@ -1895,6 +1928,19 @@ def test_strided_samplers_reach_the_modes_of_an_exact_teacher(step):
     assert abs((x > 0).float().mean() - .5) < .05
 
 
+def test_ddim_steps_keep_the_noise_of_a_row():
+    """Noise levels of two times mixed, which many small steps hide."""
+    s = torch.tensor(.3)
+    t = torch.tensor(.6)
+    a_s, b_s = models.noise_level(s)
+    a_t, b_t = models.noise_level(t)
+    x, noise = torch.randn(2, 99)
+
+    x_t = models.ddim_step(a_s * x + b_s * noise, x, s, t)
+
+    assert torch.allclose(x_t, a_t * x + b_t * noise, atol=1e-5)
+
+
 def test_ancestral_steps_keep_the_law_of_x_t():
     """Too little or too much fresh noise for the stride."""
     s = torch.tensor(.3)
@@ -2189,6 +2235,7 @@ class Recorder:
 
     def __init__(self):
         self.kinds = []
+        self.seeds = []
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
     def parameters(self):
@@ -2196,6 +2243,7 @@ class Recorder:
 
     def __call__(self, tokens, given, times, rng):
         self.kinds.append(torch.bincount(times[2], minlength=3).tolist())
+        self.seeds.append(rng.initial_seed())
         return self.weight + tokens.float().mean(), {}
 
 
@@ -2214,7 +2262,33 @@ def test_parts_of_a_batch_see_all_kinds_of_jumps(parts):
     assert stage.kinds == [[256 // parts, 8 // parts, 248 // parts]] * parts
     # a part counts as its share of the batch
     assert stage.weight.grad == 1
+    # and has noise of its own
+    assert len(set(stage.seeds)) == parts
     assert means.loss() == pytest.approx(255.5)
+
+
+@pytest.mark.parametrize('parts', [1, 4])
+def test_parts_of_a_teachers_batch_have_noise_of_their_own(parts):
+    """The same noise in every process and every iteration."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    seeds = []
+
+    def loss(tokens, given, tau, rng):
+        seeds.append(rng.initial_seed())
+        return weight + tau
+
+    tau = torch.arange(8) / 8
+    batch = [nothing_given(8), nothing_given(8), tau]
+    bins = train_teacher.TauBins(CPU)
+    o = Namespace(parts=parts, seed=0, batch=8)
+
+    for it in (0, 1):
+        train_teacher.backward(Namespace(loss=loss), batch, it, o, 0, 1, bins)
+
+    assert len(set(seeds)) == 2 * parts
+    # the mean over the batch, twice
+    assert weight.grad == 2
+    assert bins.record()['bins'] == pytest.approx(tau.tolist())
 
 
 def models_meta_of(kind='rows', pairs=False):
@@ -2540,6 +2614,39 @@ def test_stopped_and_resumed_is_never_stopped(dozen, small, tmp_path, monkeypatc
     assert tensors(tmp_path / 'a') == tensors(tmp_path / 'b')
     assert records(tmp_path / 'a') == records(tmp_path / 'b')
     assert len(records(tmp_path / 'a')) > 1
+
+
+def count_as_loss(monkeypatch, kind, name):
+    """Let a loss be 0, 1, 2, ... as often as it is called."""
+    calls = []
+    loss = getattr(kind, name)
+
+    def counting(*args):
+        found = loss(*args)
+        calls.append(1)
+        number = len(calls) - 1
+        if isinstance(found, tuple):
+            return found[0] * 0 + number, found[1]
+        return found * 0 + number
+
+    monkeypatch.setattr(kind, name, counting)
+
+
+@pytest.mark.parametrize('script, words, kind, name', [
+    (train_teacher, ('--data', 'data', *SMALL, '--axis', 'paper'), models.OneHotFlow, 'loss'),
+    (distill, ('small/flow/teacher', '--batch', 4), distill.FlowMap, '__call__'),
+])
+def test_log_has_the_mean_loss_since_the_last_record(
+        dozen, small, tmp_path, monkeypatch, script, words, kind, name):
+    """A loss that falls slower and slower, because it is the mean since the start."""
+    monkeypatch.chdir(dozen)
+    count_as_loss(monkeypatch, kind, name)
+
+    run_main(script, '--out', tmp_path, '--iters', 200, '--eval-every', 1000, *words)
+
+    seen = [json.loads(line) for line in open(tmp_path / 'log.jsonl')]
+    losses = [(x['iter'], x['loss']) for x in seen if 'loss' in x]
+    assert losses == [(100, 49.5), (200, 149.5)]
 
 
 @pytest.mark.parametrize('script, words', [
@@ -3255,8 +3362,21 @@ def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, small, tmp_
             assert torch.allclose(value, two[part][key], atol=1e-5), key
 
 
-def test_a_bad_line_is_told_once_by_two_processes(dozen, tmp_path):
-    """The same error from each process; a process that waits for one that has ended."""
+@pytest.mark.parametrize('rank, lines', [('0', 1), ('1', 0)])
+@pytest.mark.parametrize('fail', [models.fail, prepare_data.fail])
+def test_the_first_process_speaks_for_all(monkeypatch, capfd, fail, rank, lines):
+    """The same error eight times."""
+    monkeypatch.setenv('RANK', rank)
+
+    with pytest.raises(SystemExit) as end:
+        fail('no')
+
+    assert end.value.code == 2
+    assert capfd.readouterr().err.count('no\n') == lines
+
+
+def test_a_bad_line_ends_both_processes(dozen, tmp_path):
+    """A process that waits for one that has ended."""
     port = free_port()
     words = ('--data', str(dozen / 'none'), '--out', str(tmp_path / 'out'))
     pair = [process(one_of_two, rank, port, 'train_teacher', words) for rank in (0, 1)]

@@ -29,8 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (Config, autocast, build, checkpoint_path, fail, generator, load, pick_device,
-                   save)
+from model import Config, autocast, build, fail, generator, load, pick_device, save
 from prepare_data import Parser, count, load_dataset, newest_dataset, positive, rate, run_script
 from prepare_data import share as share_type
 
@@ -483,7 +482,7 @@ FREE = {'data', 'out', 'teacher', 'preset', 'iters', 'eval_every', 'parts', 'res
         'overwrite', 'device', 'compile'}
 
 
-def first_difference(ckpt, options, meta, teacher_crc=None):
+def first_difference(ckpt, options, meta, parents):
     """What a checkpoint was made with and a run is not, as a sentence; '' if they agree."""
     for name, value in vars(options).items():
         old = ckpt['options'].get(name)
@@ -494,25 +493,28 @@ def first_difference(ckpt, options, meta, teacher_crc=None):
         return 'the data has another tokenizer'
     if ckpt['meta']['crc'] != meta['crc']:
         return f'the data is not what it was made from ({ckpt["meta"]["name"]})'
-    if ckpt.get('teacher', {}).get('crc') != teacher_crc:
-        return 'it has another teacher'
+    for name, parent in parents.items():
+        if ckpt[name]['crc'] != parent['crc']:
+            return f'it has another {name}'
     return ''
 
 
-def check_out(out, options, meta, teacher_crc=None):
+def check_out(out, options, meta, **parents):
     """
     Look at what <out> holds before anything is written -> checkpoint to go on from, or None.
-    A finished model is not replaced unless asked to; a run goes on only as what it was.
+    A finished model is not replaced unless asked to; a run goes on only as what it was, and with
+    the models that it learns from: parents are dicts with their checksum `crc`.
     """
-    path = checkpoint_path(out)
+    path = Path(out) / 'model.pt'
     if not options.resume:
-        if path.exists() and not options.overwrite:
+        # os.path.exists is False where Path's own would raise, as of names that are too long
+        if os.path.exists(path) and not options.overwrite:
             _, ckpt = load(path)
             fail(f'{path} holds a model of {ckpt["iter"]} iterations; --resume goes on with it, '
                  '--overwrite replaces it, --out writes elsewhere')
         return None
     _, ckpt = load(path)
-    difference = first_difference(ckpt, options, meta, teacher_crc)
+    difference = first_difference(ckpt, options, meta, parents)
     if difference:
         fail(f'--resume: {path} is of another run: {difference}; give what it had, or start anew '
              'with --overwrite')

@@ -1,7 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop
 # make test: the tests; make slow: those that take long; make lint: the linter
-# What the page reports, made anew: make stories, pydocs, dates, dates-diffuseq, speed, weights
-# On one GPU of Hopper's kind: make gpu, about 25 minutes
+# What the page reports, made anew: make stories, dates, dates-diffuseq, weights
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -32,8 +31,15 @@ data/%: | .venv
 stories: data/stories
 	$(PY) train_teacher.py --data data/stories --iters 7000 --eval-every 1000
 	$(PY) distill.py out/stories/teacher --iters 1000 --eval-every 250
-	$(PY) bench.py quality out/stories/student out/stories/teacher --nfe 1 2 4 8 64 --seeds 2 \
+	$(PY) bench.py quality out/stories/student out/stories/teacher --nfe 1 2 4 8 32 --seeds 2 \
 	  --out assets/stories.json
+
+weights:
+	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite
+	$(PY) sample.py out/stories/teacher --export assets/stories-teacher.pt --overwrite
+	$(PY) sample.py out/dates/teacher --export assets/dates-teacher.pt --overwrite
+	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt --overwrite
+	cd assets && sha256sum *.pt > SHA256SUMS
 
 # a flow map, then three rounds in which a frozen student teaches a copy of itself one call
 D = out/dates
@@ -57,3 +63,5 @@ dates-diffuseq: data/dates
 	$(PY) distill.py $Q/teacher --guide $Q/one-call-1 --out $Q/one-call --iters 700 --decay 1
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/one-call --method ddim --nfe 1 4 50 --rows 1000 \
 	  --seeds 2 --out assets/dates-diffuseq.json
+
+.PHONY: demo test slow lint stories dates dates-diffuseq weights

@@ -31,8 +31,8 @@ from model import is_student, load, newest_checkpoint, pick_device, save, write_
 from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
                           run_script, share, split_rows, to_texts, write_whole)
 
-# the weights that come with this file, the first of these that is there
-SHIPPED = ['stories-student.pt', 'dates-one-call.pt']
+# the weights that come with this file
+SHIPPED = Path(__file__).parent / 'assets/stories-student.pt'
 
 # network calls of a teacher or of MDLM, unless --nfe says otherwise
 TEACHER_CALLS = 64
@@ -229,12 +229,9 @@ def default_checkpoint():
         path = max(found, key=os.path.getmtime)
         tell(f'model: {path}, the newest student')
         return path
-    for name in SHIPPED:
-        path = Path(__file__).parent / 'assets' / name
-        if path.is_file():
-            tell(f'model: {path}, which comes with this code')
-            break
-    return path
+    if SHIPPED.is_file():
+        tell(f'model: {SHIPPED}, which comes with this code')
+    return SHIPPED
 
 
 def make_writer(path, model, ckpt):

@@ -3491,8 +3491,8 @@ def test_shipped_weights_where_nothing_was_trained(tmp_path, monkeypatch, capsys
     """A fresh clone, or a folder without model.pt, ends in "no such checkpoint"."""
     monkeypatch.chdir(tmp_path)
     Path('out/a/student').mkdir(parents=True)
-    monkeypatch.setattr(sample, '__file__', str(tmp_path / 'code' / 'sample.py'))
-    shipped = make_checkpoint(tmp_path / 'code/assets/pydocs-student.pt', two_time=True)
+    shipped = make_checkpoint(tmp_path / 'shipped-student.pt', two_time=True)
+    monkeypatch.setattr(sample, 'SHIPPED', shipped)
 
     status, out, err = run_sample(capsys)
 
@@ -3504,7 +3504,7 @@ def test_shipped_weights_where_nothing_was_trained(tmp_path, monkeypatch, capsys
 def test_no_model_at_all_is_one_line(tmp_path, monkeypatch, capsys):
     """A traceback where there is neither a student nor shipped weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, '__file__', str(tmp_path / 'sample.py'))
+    monkeypatch.setattr(sample, 'SHIPPED', tmp_path / 'shipped-student.pt')
 
     err = sample_refused(capsys)
 
@@ -5031,4 +5031,4 @@ def test_lines_of_the_page_fit_a_terminal():
     lines = [line for line in PAGE.split('\n') if not line.startswith(('|', '!'))]
 
     assert max(len(line) for line in lines) <= 100
-    assert len(PAGE.split('\n')) <= 200
+    assert len(PAGE.split('\n')) <= 240

@@ -1,6 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop
 # make test: the tests; make slow: those that take long; make lint: the linter
-# What the page reports, made anew: make stories, dates, dates-diffuseq, weights
+# What the page reports, made anew: make stories, dates, dates-diffuseq, speed, weights
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -64,4 +64,8 @@ dates-diffuseq: data/dates
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/one-call --method ddim --nfe 1 4 50 --rows 1000 \
 	  --seeds 2 --out assets/dates-diffuseq.json
 
-.PHONY: demo test slow lint stories dates dates-diffuseq weights
+speed: .venv
+	$(PY) bench.py speed student,32,2048,128@1,4 flm,32,2048,128@8,64 mdlm,32,2048,128@8,64 \
+	  ar,32,2048,128 diffuseq,32,2048,128@50 --batch 1 64 --out assets/speed.json
+
+.PHONY: demo test slow lint stories dates dates-diffuseq speed weights

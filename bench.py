@@ -35,11 +35,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Config, autocast, build, is_student, load, newest_checkpoint, pick_device,
+from model import (Config, autocast, build, is_student, load, newest_checkpoints, pick_device,
                    time_axis, write_rows)
 from prepare_data import (Parser, as_rows, command_for, divergence, expected_seen, fail, health,
                           in_range, load_dataset, run_script, share, split_rows, story_figures,
                           to_texts, why_not, write_whole)
+from train_teacher import up_to
 
 # of real text at most so many rows are compared with: beyond that figures hardly move
 REFERENCE_ROWS = 2000
@@ -258,8 +259,7 @@ def scored_positions(rows, meta):
     # a row of a stream is full of text
     if meta['kind'] == 'stream':
         return torch.ones_like(rows, dtype=torch.bool)
-    ends = rows == meta['special']['<eos>']
-    return ends.cumsum(1) - ends.long() == 0
+    return up_to(rows, meta, '<eos>') >= 0
 
 
 @torch.no_grad()
@@ -363,9 +363,10 @@ class Opened:
 
 def newest_pair():
     """The newest student, and its teacher if that is still there: names; a line says which."""
-    student = newest_checkpoint('out/*/student/model.pt')
-    if student is None:
+    found = newest_checkpoints('out/*/student/model.pt')
+    if not found:
         fail('out/*/student holds no model yet; name one, or make it: python distill.py')
+    student = found[0]
     names = [str(student.parent)]
     # distill.py writes the student beside its teacher
     teacher = student.parent.parent / 'teacher'
@@ -659,10 +660,7 @@ def known_rows(reference, options, seed):
     known = reference.held[chosen].repeat_interleave(each, dim=0)
     if not meta['pairs']:
         return known, torch.full_like(known, -1)
-    ends = known == meta['special']['<sep>']
-    # up to and with the separator
-    given = torch.where(ends.cumsum(1) - ends.long() == 0, known, -1)
-    return known, given
+    return known, up_to(known, meta, '<sep>')
 
 
 def measure(model, reference, options, nfe, seed):

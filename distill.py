@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 
 from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, fail, first_leg_weight,
-                   generator, is_student, load, row_mean, save, share_of, write_rows)
+                   generator, is_student, load, newest_checkpoints, row_mean, save, share_of,
+                   write_rows)
 from prepare_data import (Parser, as_rows, count, health, load_dataset, positive, rate, run_script,
                           share, to_texts)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
-                           get_batch, make_optimisers, preset_adder, restore, set_parts,
-                           start_processes, update)
+                           get_batch, make_optimisers, parts_of, preset_adder, restore,
+                           set_parts, start_processes, update)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -434,8 +435,7 @@ def find_teacher(name):
     """The .pt file of the teacher that is named, or of the newest one that can be distilled."""
     if name:
         return checkpoint_path(name)
-    found = sorted(Path('out').glob('*/teacher/model.pt'), key=lambda path: path.stat().st_mtime)
-    for path in reversed(found):
+    for path in newest_checkpoints('out/*/teacher/model.pt'):
         model, _ = load(path)
         if model.config.model in ('flm', 'diffuseq'):
             return path
@@ -593,12 +593,7 @@ def backward(stage, student, batch, it, o, run, means):
     """Loss and gradients of this process's parts of a batch, each with noise of its own."""
     tokens, given, times = batch
     trained = [p for p in student.parameters() if p.requires_grad]
-    # every so manieth row: each part has its share of every kind
-    for part in range(run.rank, o.parts, run.world):
-        rows = slice(part, None, o.parts)
-        rng = generator(tokens.device, o.seed, it, 1 + part)
-        # dropout draws from the global generator
-        torch.manual_seed(rng.initial_seed())
+    for rows, rng in parts_of(o, it, run.rank, run.world, tokens.device):
         # model.autocast keeps no casts: one made without gradient is of no use with it
         with autocast(tokens.device):
             loss, seen = stage(tokens[rows], given[rows], [x[rows] for x in times], rng)

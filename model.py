@@ -908,7 +908,9 @@ def load(path, device='cpu'):
     return model.to(device).eval(), ckpt
 
 
-def newest_checkpoint(pattern):
-    """The newest file that matches, such as 'out/*/teacher/model.pt'; None if there is none."""
-    found = sorted(Path().glob(pattern), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+def newest_checkpoints(*patterns):
+    """The files that match, such as 'out/*/teacher/model.pt', the newest one first."""
+    found = []
+    for pattern in patterns:
+        found.extend(Path().glob(pattern))
+    return sorted(found, key=os.path.getmtime, reverse=True)

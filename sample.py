@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from model import is_student, load, newest_checkpoint, pick_device, save, write_rows
+from model import is_student, load, newest_checkpoints, pick_device, save, write_rows
 from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
                           run_script, share, split_rows, to_texts, write_whole)
 
@@ -220,15 +220,10 @@ def tell(message):
 def default_checkpoint():
     """The newest student under out/, else the shipped weights; a line says which."""
     # a folder that has no model.pt yet, of a run that was stopped early, is no model
-    found = []
-    for pattern in ('out/*/student/model.pt', 'out/*/one-call/model.pt'):
-        path = newest_checkpoint(pattern)
-        if path is not None:
-            found.append(path)
+    found = newest_checkpoints('out/*/student/model.pt', 'out/*/one-call/model.pt')
     if found:
-        path = max(found, key=os.path.getmtime)
-        tell(f'model: {path}, the newest student')
-        return path
+        tell(f'model: {found[0]}, the newest student')
+        return found[0]
     if SHIPPED.is_file():
         tell(f'model: {SHIPPED}, which comes with this code')
     return SHIPPED

@@ -229,6 +229,18 @@ def set_parts(o, world):
         fail(f'--batch {o.batch}: must be a multiple of --parts ({o.parts})')
 
 
+def parts_of(o, it, rank, world, device):
+    """
+    For each of this process's parts of a batch: which rows are in it, and the generator of its
+    noise. Every so manieth row is, so that each part has all times, and all kinds of rows.
+    """
+    for part in range(rank, o.parts, world):
+        rng = generator(device, o.seed, it, 1 + part)
+        # dropout draws from the global generator
+        torch.manual_seed(rng.initial_seed())
+        yield slice(part, None, o.parts), rng
+
+
 def add_up(tensors):
     """Each tensor becomes its sum over all processes."""
     if dist.is_initialized():
@@ -550,13 +562,10 @@ def validate(model, ids, meta, device, batches=4):
 
 def backward(model, batch, it, o, rank, world, bins):
     """Loss and gradients of this process's parts of a batch, each with noise of its own."""
-    for part in range(rank, o.parts, world):
-        # every so manieth row, so that each part has all times
-        tokens, given, tau = (x[part::o.parts] for x in batch)
-        rng = generator(tokens.device, o.seed, it, 1 + part)
-        # dropout draws from the global generator
-        torch.manual_seed(rng.initial_seed())
-        with autocast(tokens.device):
+    device = batch[0].device
+    for rows, rng in parts_of(o, it, rank, world, device):
+        tokens, given, tau = [x[rows] for x in batch]
+        with autocast(device):
             losses = model.loss(tokens, given, tau, rng)
         (losses.sum() / o.batch).backward()
         bins.add(tau, losses)

@@ -68,4 +68,28 @@ speed: .venv
 	$(PY) bench.py speed student,32,2048,128@1,4 flm,32,2048,128@8,64 mdlm,32,2048,128@8,64 \
 	  ar,32,2048,128 diffuseq,32,2048,128@50 --batch 1 64 --out assets/speed.json
 
-.PHONY: demo test slow lint stories dates dates-diffuseq speed weights
+# all that is to be timed on one GPU, in about 25 minutes: TEXT is a text file of yours; SKIP="call
+# samplers" leaves those steps of bench.py out; TINY=1 rehearses it all in a minute, on a CPU too.
+# Teacher and student of 30M parameters get ten minutes each: Ctrl-C, which `timeout` sends, saves
+G = out/gpu
+ifdef TINY
+  GPU_BENCH = --tiny
+  GPU_DATA = --tokenizer bpe:300 --length 16
+  GPU_SIZE = --preset laptop --layers 1 --heads 2 --width 32 --channels 32 --batch 4 --iters 4
+  GPU_STUDENT = --preset laptop --batch 4 --iters 4
+  GPU_ROWS = --rows 20
+else
+  GPU_DATA = --tokenizer bpe:8192 --length 128
+  GPU_SIZE = --layers 6 --heads 8 --width 512 --channels 512 --batch 256 --eval-every 500
+  GPU_STUDENT = --batch 256 --eval-every 500
+endif
+gpu: .venv
+	$(PY) bench.py gpu $(GPU_BENCH) $(if $(SKIP),--skip $(SKIP))
+	$(PY) prepare_data.py gpu --input $(TEXT) $(GPU_DATA)
+	-timeout -s INT 600 $(PY) train_teacher.py --data data/gpu --out $G/teacher $(GPU_SIZE)
+	-timeout -s INT 600 $(PY) distill.py $G/teacher $(GPU_STUDENT)
+	$(PY) bench.py quality $G/student $G/teacher --nfe 1 2 4 8 32 $(GPU_ROWS) \
+	  --out $(if $(TINY),out,assets)/gpu-quality.json
+	$(PY) sample.py $G/student -n 8
+
+.PHONY: demo test slow lint stories dates dates-diffuseq speed weights gpu

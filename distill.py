@@ -8,6 +8,7 @@ Distil a teacher into a student that writes in one network call.
 A flow's student is the teacher plus a second time: it learns delta_{s,t}, the text to aim at in one
 jump from time s to a later t; delta_{0,1} turns noise into text (FMLM, arXiv:2602.16813). A
 diffusion's student is a generator trained by score distillation (DLM-One, arXiv:2506.00290).
+The baseline mdlm is distilled, too, to be compared with: SDTT, arXiv:2410.21035.
 Writes <out>/model.pt and <out>/log.jsonl.
 
 As everywhere, times run from noise (0) to data (1), and `given` (B, L) holds the ids of known
@@ -26,9 +27,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, fail, first_leg_weight,
-                   generator, is_student, load, newest_checkpoints, row_mean, save, share_of,
-                   write_rows)
+from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, draw, fail,
+                   first_leg_weight, generator, is_student, load, newest_checkpoints, row_mean,
+                   save, share_of, without_specials, write_rows)
 from prepare_data import (Parser, as_rows, count, health, load_dataset, positive, rate, run_script,
                           share, to_texts)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
@@ -55,13 +56,21 @@ PAPER = dict(
 PAPER_SCORE = {
     **PAPER, 'dropout': 0.0, 'iters': 50_000, 'lr': 1e-5, 'beta2': 0.999, 'clip': 0.0, 'warmup': 0}
 
+# SDTT, arXiv:2410.21035, on masked diffusion: seven rounds, from 1024 calls to 8
+PAPER_MASKED = {
+    **PAPER, 'iters': 70_000, 'batch': 128, 'lr': 6e-5, 'beta2': 0.999, 'warmup': 500,
+    'rounds': 7, 'fewest': 8}
+LAPTOP_MASKED = {**LAPTOP, 'rounds': 4, 'fewest': 4}
+
 PRESETS = {
     ('laptop', 'flow map'): LAPTOP,
     ('laptop', 'score'): LAPTOP_SCORE,
     ('laptop', 'refine'): LAPTOP,
+    ('laptop', 'masked'): LAPTOP_MASKED,
     ('paper', 'flow map'): PAPER,
     ('paper', 'score'): PAPER_SCORE,
     ('paper', 'refine'): PAPER,
+    ('paper', 'masked'): PAPER_MASKED,
 }
 
 
@@ -92,6 +101,11 @@ def parse(argv=None):
     add('--adversarial', type=rate, default=0.0, help='diffusion: weight of the critic (stage 2)')
     add('--row-noise', action=argparse.BooleanOptionalAction,
         help='diffusion: one noise for all of a row')
+    # masked diffusion
+    add('--rounds', type=positive,
+        help='mdlm: how often the student becomes the teacher [laptop 4, paper 7]')
+    add('--fewest', type=positive, help='mdlm: calls that the last round is for '
+        '[laptop 4, paper 8]')
     # refining
     add('--guide', default='', help='a student that stays as it is: a copy of it is refined')
     add('--noises', type=positive, default=3,
@@ -342,7 +356,61 @@ def adam(module, lr):
 
 
 # -----------------------------------------------------------------------------
-# Part 3. ours: what no paper has. What is measured of it: assets/ablations.md
+# Part 3. SDTT: the rival that a one-call flow is compared with
+
+class MaskedDistillation:
+    """
+    SDTT, arXiv:2410.21035: a masked diffusion's student learns to guess in one call what two
+    ancestral steps of its teacher guess. Round by round the student becomes the teacher, and the
+    steps double, until `fewest` calls of the student make a text.
+    """
+
+    def __init__(self, student, teacher, o):
+        self.student = student
+        self.teacher = copy.deepcopy(teacher)
+        self.o = o
+        self.step = None
+
+    def begin(self, it, ema):
+        """Before iteration `it`: where a round begins, the student so far is the new teacher."""
+        length = math.ceil(self.o.iters / self.o.rounds)
+        if it > 0 and it % length == 0:
+            self.teacher.load_state_dict(ema.state_dict())
+        # of the teacher: two of them are one of the student, whose last ones are 1 / fewest
+        doublings = self.o.rounds - it // length
+        self.step = 1 / (self.o.fewest * 2 ** doublings)
+
+    def times(self, n, cpu):
+        # spread evenly, as in training
+        return [(torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1]
+
+    def __call__(self, tokens, given, times, rng):
+        """Cross-entropy of the student under its teacher on rows (B, L), masked at times (B,)."""
+        t = times[0].to(tokens.device)[:, None]
+        hidden = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t
+        seen = torch.where(hidden & (given < 0), -1, tokens)
+        with torch.no_grad():
+            target = self.two_steps(seen, t, rng)
+        losses = self.student.predict(seen, target=target, share=share_of(seen))
+        return losses.mean(), {}
+
+    def two_steps(self, seen, t, rng):
+        """What the teacher guesses where `seen` is masked, from t on in two steps: (B, L, V)."""
+        target = 0.0
+        for s in (t, t + self.step):
+            p = without_specials(self.teacher.predict(seen)).softmax(-1)
+            masked = seen < 0
+            # a token that the first step wrote keeps the guess that it was drawn from
+            target = torch.where(masked[..., None], p, target)
+            # of the masks left at time s a share of step / (1 - s) is written
+            u = torch.rand(seen.shape, generator=rng, device=seen.device)
+            now = u < self.step / (1 - s).clamp(min=self.step)
+            seen = torch.where(masked & now, draw(p, rng), seen)
+        return target
+
+
+# -----------------------------------------------------------------------------
+# Part 4. ours: what no paper has. What is measured of it: assets/ablations.md
 
 def rollout_target(student, teacher, h, given, s, t, o):
     """
@@ -447,9 +515,9 @@ def load_teacher(path, device):
     teacher, ckpt = load(path, device)
     if is_student(teacher.config):
         fail(f'{path} is a student already; name its teacher')
-    if teacher.config.model not in ('flm', 'diffuseq'):
-        fail(f'{path} is a model of {teacher.config.model}; distil one of flm or diffuseq, made '
-             'by: python train_teacher.py')
+    if teacher.config.model == 'ar':
+        fail(f'{path} is autoregressive; distil a flow, a diffusion or an mdlm, made by: '
+             'python train_teacher.py')
     return teacher.requires_grad_(False), ckpt
 
 
@@ -478,6 +546,8 @@ def build_student(teacher, guide, o):
     source = guide or teacher
     if guide:
         config = replace(guide.config, dropout=o.dropout)
+    elif teacher.config.model == 'mdlm':
+        config = replace(teacher.config, dropout=o.dropout)
     elif teacher.config.model == 'flm':
         config = replace(teacher.config, dropout=o.dropout, two_time=True)
     else:
@@ -486,9 +556,10 @@ def build_student(teacher, guide, o):
     student = build(config)
     # the second time of a flow map begins at zero weights, see Denoiser
     student.load_state_dict({**student.state_dict(), **source.state_dict()})
-    # the embedding spans the space that both networks read and write: shared, so never trained
+    # the embedding spans the space that both networks read and write: shared, so never trained;
+    # those of masked diffusion share nothing but tokens
     for name, p in student.named_parameters():
-        p.requires_grad_(name not in ('net.embed', 'bias'))
+        p.requires_grad_(config.model == 'mdlm' or name not in ('net.embed', 'bias'))
     return student.to(next(teacher.parameters()).device)
 
 
@@ -504,13 +575,26 @@ def make_stage(student, guide, teacher, o):
     if o.stage == 'score':
         stage = ScoreDistillation(student, teacher, o)
         return stage, [adam(student, o.lr), stage.fake_optimiser]
+    if o.stage == 'masked':
+        return MaskedDistillation(student, teacher, o), make_optimisers(student, o)
     if o.stage == 'refine':
         return Refine(student, guide, teacher, o), make_optimisers(student, o)
     return FlowMap(student, teacher, o), make_optimisers(student, o)
 
 
+def others_of(stage):
+    """What a run has to keep beside its student, by name."""
+    if isinstance(stage, ScoreDistillation):
+        return {'fake': stage.fake}
+    if isinstance(stage, MaskedDistillation):
+        return {'round_teacher': stage.teacher}
+    return {}
+
+
 def stage_of(o, teacher):
-    """Which of the three kinds of run the options ask for."""
+    """Which of the four kinds of run the options ask for."""
+    if teacher.config.model == 'mdlm':
+        return 'masked'
     if teacher.config.model == 'diffuseq' and (o.adversarial or not o.guide):
         # with a critic a guide is where stage 2 starts; its fake is the teacher again
         return 'score'
@@ -643,7 +727,10 @@ def prepare(o):
         parents['guide'] = {'crc': zlib.crc32(checkpoint_path(o.guide).read_bytes())}
     # beside the teacher's folder; a file such as a shipped one has none
     beside = path.parent.parent if path.name == 'model.pt' else Path('out') / meta['name']
-    out = Path(o.out or beside / ('one-call' if o.guide else 'student'))
+    name = 'one-call' if o.guide else 'student'
+    if o.stage == 'masked':
+        name = 'sdtt'
+    out = Path(o.out or beside / name)
     ckpt = check_out(out, o, meta, **parents)
     about = dict(meta=meta, options=vars(o), **parents)
     return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)
@@ -666,9 +753,7 @@ def main(o):
     student = build_student(run.teacher, run.guide, o)
     stage, optimisers = make_stage(student, run.guide, run.teacher, o)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
-    modules = {'model': student, 'average': ema}
-    if o.stage == 'score':
-        modules['fake'] = stage.fake
+    modules = {'model': student, 'average': ema, **others_of(stage)}
     start = 0
     means = Means()
     if run.ckpt is not None:
@@ -707,6 +792,8 @@ def main(o):
             break
 
         # batch, forward and backward, step
+        if o.stage == 'masked':
+            stage.begin(it, ema)
         cpu = generator('cpu', o.seed, it, 0)
         tokens, given, _ = get_batch(run.train, meta, o.batch, o.given, cpu, run.device)
         batch = tokens, given, stage.times(o.batch, cpu)
@@ -724,6 +811,8 @@ def advice(o, out, it, meta, val):
     if it < o.iters:
         return f'stopped at iteration {it}; the same command with --resume goes on'
     words = ['python', 'sample.py', str(out), '--compare', o.teacher]
+    if o.stage == 'masked':
+        words += ['--nfe', str(o.fewest)]
     if meta['pairs']:
         source, _ = to_texts(as_rows(val[:meta['length']], meta['length']), meta)[0]
         words += ['--source', source]

@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # of checkpoint files; a file of another format is refused by one line
-FORMAT = 5
+FORMAT = 6
 
 # the time of DLM-One's only call: there b/a = 2.5, as at index 1490 of DiffuSeq's 2000
 ONE_CALL_START = 1 - 1491 / 2000
@@ -67,12 +67,9 @@ class Config:
 # -----------------------------------------------------------------------------
 # The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> (B, L, V), or (B, L, C)
 
-def sinusoid(tau, dim=256):
-    """Fourier features of times in [0, 1]: (B,) -> (B, dim)."""
-    # ours: times are scaled by 1000 (periods from 0.006 to 58), so that neighbouring ones differ;
-    # FLM feeds tau itself
-    frequencies = 1000 * 10000 ** (-torch.arange(dim // 2, device=tau.device) / (dim // 2))
-    angles = tau[:, None].float() * frequencies  # (B, dim/2)
+def sinusoid(tau, frequencies):
+    """Fourier features of times in [0, 1]: (B,) and (n,) -> (B, 2 n)."""
+    angles = tau[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -86,7 +83,7 @@ def rotate(x, cos, sin):
 
 def modulate(x, shift, scale):
     """Layer norm of x (B, L, D) without weights of its own, then the time's scale and shift."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
 
 
 class Block(nn.Module):
@@ -97,7 +94,6 @@ class Block(nn.Module):
         D = config.width
         self.heads = config.heads
         self.causal = config.model == 'ar'
-        self.gate = config.gate
         self.dropout = config.dropout
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
@@ -129,9 +125,9 @@ class Block(nn.Module):
     def forward(self, x, modulation, cos, sin, cache=None, at=0):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1, D) each
         y = self.attention(modulate(x, shift1, scale1), cos, sin, cache, at)
-        x = torch.addcmul(x, self.gate + gate1, F.dropout(y, self.dropout, self.training))
+        x = torch.addcmul(x, gate1, F.dropout(y, self.dropout, self.training))
         y = self.down(F.gelu(self.up(modulate(x, shift2, scale2))))
-        return torch.addcmul(x, self.gate + gate2, F.dropout(y, self.dropout, self.training))
+        return torch.addcmul(x, gate2, F.dropout(y, self.dropout, self.training))
 
 
 class Denoiser(nn.Module):
@@ -163,13 +159,17 @@ class Denoiser(nn.Module):
         angle = torch.arange(config.length)[:, None] * 10000 ** (-torch.arange(half) / half)
         self.register_buffer('cos', angle.cos(), persistent=False)  # (L, half)
         self.register_buffer('sin', angle.sin(), persistent=False)
-        self.initialise()
+        # ours: times are scaled by 1000 (periods from 0.006 to 58), so that neighbouring ones
+        # differ; FLM feeds tau itself
+        frequencies = 1000 * 10000 ** (-torch.arange(128) / 128)
+        self.register_buffer('frequencies', frequencies, persistent=False)
+        self.initialise(config.gate)
 
     @staticmethod
     def time_network(cond):
         return nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
 
-    def initialise(self):
+    def initialise(self, gate):
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -178,8 +178,13 @@ class Denoiser(nn.Module):
         # as large as the noise beside it: the usual 0.02 takes hundreds of iterations to be heard
         nn.init.normal_(self.position)
         nn.init.normal_(self.known.weight)
-        # zero: at first no time modulates anything, and all outputs are alike
+        # at first no time modulates anything: shifts are 0, scales 1, and gates what they are told
         nn.init.zeros_(self.modulation.weight)
+        one_block = torch.tensor([0, 1, gate, 0, 1, gate])
+        pieces = torch.cat([one_block.repeat(self.layers), torch.tensor([0, 1])])
+        with torch.no_grad():
+            self.modulation.bias.copy_(pieces.repeat_interleave(len(self.position[0])))
+        # and all tokens are equally likely
         nn.init.zeros_(self.head.weight)
         # zero: a fresh student does what its teacher does, whatever time it is told to jump to
         if self.time_to is not None:
@@ -200,9 +205,9 @@ class Denoiser(nn.Module):
         x = self.into(h) + self.position[here] + known  # (B, L, D)
 
         # what the time has to say to every block
-        cond = self.time(sinusoid(tau))
+        cond = self.time(sinusoid(tau, self.frequencies))
         if tau_to is not None:
-            cond = cond + self.time_to(sinusoid(tau_to))
+            cond = cond + self.time_to(sinusoid(tau_to, self.frequencies))
         pieces = self.modulation(F.silu(cond))[:, None].chunk(6 * self.layers + 2, dim=-1)
 
         for i, block in enumerate(self.blocks):
@@ -831,7 +836,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int(seed))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def write_rows(model, given, nfe, seed, **how):
     """model.sample for given (B, L), at most 256 rows at a time: rows on the CPU, and seconds."""
     device = next(model.parameters()).device

@@ -1778,6 +1778,70 @@ def test_masked_sampler_on_an_exact_toy(nfe):
 
 
 # -----------------------------------------------------------------------------
+# SDTT: a masked diffusion's student
+
+def masked_distillation(**o):
+    """The stage, of twins, at its first iteration."""
+    net = tiny(vocab=5, length=2, model='mdlm')
+    stage = distill.MaskedDistillation(net, net, Namespace(**o))
+    stage.begin(0, net)
+    stage.teacher.predict = exact_twins
+    return stage
+
+
+@pytest.mark.parametrize('t, fewest', [(0., 1), (.5, 2)])
+def test_target_of_masked_distillation_is_what_two_steps_guess(t, fewest):
+    """A guess taken before what the other position has decided, or after a token is written."""
+    stage = masked_distillation(rounds=1, fewest=fewest, iters=1)
+    times = torch.full((40_000, 1), t)
+
+    target = stage.two_steps(nothing_given(40_000, 2), times, generator())
+
+    # by two steps all is written, half of it by the first: one of two by each in half of the rows,
+    # and then the second knows for certain
+    sure = target.amax(-1) == 1
+    assert abs(sure.any(1).float().mean() - .5) < .01
+    assert not sure.all(1).any()
+    assert ((target[~sure] - torch.tensor([.5, .5, 0, 0, 0])).abs() < 1e-6).all()
+    assert (target.mean((0, 1)) - torch.tensor([.5, .5, 0, 0, 0])).abs().max() < .01
+
+
+def test_rounds_of_masked_distillation():
+    """Steps that do not double, or a teacher that is never replaced."""
+    net = tiny(model='mdlm')
+    stage = distill.MaskedDistillation(net, tiny(model='mdlm'),
+                                       Namespace(rounds=3, fewest=2, iters=10))
+    before = stage.teacher.net.head.weight.clone()
+    steps = []
+    replaced = []
+
+    for it in range(10):
+        stage.begin(it, net)
+        steps.append(stage.step)
+        replaced.append(not stage.teacher.net.head.weight.equal(before))
+        before = stage.teacher.net.head.weight.clone()
+        with torch.no_grad():
+            net.net.head.weight.add_(1)
+
+    assert steps == [1 / 16] * 4 + [1 / 8] * 4 + [1 / 4] * 2
+    assert [it for it in range(10) if replaced[it]] == [4, 8]
+
+
+def test_masked_distillation_counts_what_is_masked():
+    """A mean over positions that the student sees."""
+    net = without_choice(tiny(model='mdlm'))
+    stage = distill.MaskedDistillation(net, net, Namespace(rounds=1, fewest=1, iters=1))
+    stage.begin(0, net)
+    tokens = torch.randint(8, (4000, 6))
+    given = torch.where(torch.arange(6) < 5, tokens, -1)
+
+    loss, _ = stage(tokens, given, [torch.full((4000,), .7)], generator())
+
+    # all is equally likely, in the three rows of ten whose last position is masked
+    assert abs(loss - .3 * math.log(12)) < .1
+
+
+# -----------------------------------------------------------------------------
 # What all models promise
 
 WAYS = [
@@ -2368,7 +2432,7 @@ def test_sources_of_pairs_are_given():
 # -----------------------------------------------------------------------------
 # Presets
 
-# the papers' own values, see arXiv:2602.16813, 2210.08933 and 2404.04057
+# the papers' own values, see arXiv:2602.16813, 2210.08933, 2404.04057, 2410.21035
 FLM = dict(
     layers=12, width=768, heads=12, channels=768, dropout=.1, gate=0., axis='paper', given=0.,
     anchor=0., all_positions=False, optimiser='adamw', lr=3e-4, beta2=.999, clip=1., warmup=2500,
@@ -2379,6 +2443,9 @@ DIFFUSEQ = {
 FMLM = dict(
     method='semigroup', diagonal=.5, boundary=1 / 32, given=0., dropout=.1, optimiser='adamw',
     lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=100_000)
+SDTT = dict(
+    rounds=7, fewest=8, given=0., dropout=.1, optimiser='adamw', lr=6e-5, beta2=.999, warmup=500,
+    decay=0., ema=.9999, batch=128, iters=70_000)
 SID = dict(
     loss='sid', alpha=1., fake_ratio=1, adversarial=0., row_noise=False, lr=1e-5, clip=0.,
     warmup=0, decay=0., ema=.9999)
@@ -2391,6 +2458,7 @@ SID = dict(
     (train_teacher, 'diffuseq', DIFFUSEQ),
     (distill, 'flow map', FMLM),
     (distill, 'score', SID),
+    (distill, 'masked', SDTT),
 ])
 @pytest.mark.parametrize('words, device', [(('--preset', 'paper'), 'cpu'), ((), 'cuda')])
 def test_preset_of_the_papers(script, kind, values, words, device):
@@ -2440,7 +2508,8 @@ def words_for(name, value):
 
 @pytest.mark.parametrize('preset', ['laptop', 'paper'])
 @pytest.mark.parametrize('script, kinds', [
-    (train_teacher, ('flm', 'diffuseq', 'mdlm', 'ar')), (distill, ('flow map', 'score', 'refine'))])
+    (train_teacher, ('flm', 'diffuseq', 'mdlm', 'ar')),
+    (distill, ('flow map', 'score', 'refine', 'masked'))])
 def test_every_option_overrides_a_preset(script, kinds, preset):
     """A value given by hand that the preset puts aside, as if it were none (0, or no)."""
     for kind in kinds:
@@ -2596,6 +2665,7 @@ def stop_at_24(monkeypatch, script):
     (distill, 40, ('small/flow/teacher', '--batch', 4, '--guide', 'small/flow/student')),
     (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--adversarial', .1, '--dropout', .1)),
     (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--guide', 'small/diffuseq/student')),
+    (distill, 40, ('small/mdlm/teacher', '--batch', 4, '--rounds', 3)),
 ])
 def test_stopped_and_resumed_is_never_stopped(dozen, small, tmp_path, monkeypatch, script, iters,
                                               words):
@@ -3250,8 +3320,8 @@ BAD_STUDENTS = [
     ('text.txt', 'no such checkpoint'),
     ('{small}/flow/student', 'is a student already'),
     ('{small}/diffuseq/student', 'is a student already'),
-    ('{small}/mdlm/teacher', 'is a model of mdlm'),
-    ('{small}/ar/teacher', 'is a model of ar'),
+    ('{small}/ar/teacher', 'is autoregressive; distil a flow'),
+    ('{small}/mdlm/teacher --guide {small}/flow/student', 'must be a student of this teacher'),
     ('{small}/flow/teacher --guide missing', 'no such checkpoint'),
     ('{small}/flow/teacher --guide {small}/flow/teacher', 'must be a student of this teacher'),
     ('{small}/another/teacher --guide {small}/flow/student', 'must be a student of this teacher'),
@@ -4965,11 +5035,36 @@ def test_snippets_of_the_page_run_as_they_stand():
     assert torch.equal(says['weight'], models.first_leg_weight(*legs))
 
 
+def recipe(*words):
+    """The commands that make would run."""
+    done = subprocess.run(['make', '-n', '-C', HERE, *words], capture_output=True, text=True,
+                          check=True)
+    return done.stdout.replace('\\\n', ' ').splitlines()
+
+
+@pytest.mark.slow
+def test_the_list_for_one_gpu_runs_to_its_end_at_tiny_size(tmp_path, monkeypatch):
+    """An hour on a rented GPU that ends at the second command."""
+    for path in HERE.glob('*.py'):
+        shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path('text.txt').write_text('\n'.join(prepare_data.stories(2000)))
+
+    for line in recipe('gpu', 'TEXT=text.txt', 'TINY=1'):
+        # the virtual environment is the one that this test runs in
+        if line.startswith(('.venv/bin/python', 'timeout')):
+            line = line.replace('.venv/bin/python', shlex.quote(sys.executable))
+            subprocess.run(line, shell=True, check=True)
+
+    found = {path.name for path in Path('out').glob('gpu-*.json')}
+    assert found == {f'gpu-{name}.json' for name in ('train', 'call', 'samplers', 'quality')}
+
+
 def test_commands_of_the_page_and_the_makefile_are_understood():
     """An option that was renamed, but not where people copy it from."""
-    text = PAGE + (HERE / 'Makefile').read_text(encoding='utf-8')
-    text = text.replace('\\\n', ' ').replace('$(PY)', 'python')
-    text = re.sub(r'\$\(\w+\)|\$\w+', 'x', text)
+    targets = re.findall(r'^([\w-]+):', (HERE / 'Makefile').read_text(encoding='utf-8'), re.M)
+    recipes = [*recipe(*targets, 'TEXT=x'), *recipe('gpu', 'TEXT=x', 'TINY=1', 'SKIP=call')]
+    text = PAGE + ''.join(f'    {line}\n' for line in recipes)
     scripts = {'prepare_data': prepare_data, 'train_teacher': train_teacher, 'distill': distill,
                'sample': sample, 'bench': bench}
 

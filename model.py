@@ -56,7 +56,9 @@ class Config:
     cond: int = 128              # width of the time conditioning
     dropout: float = 0.0         # on attention-out and MLP-out
     gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
+    hidden_input: bool = False   # a hidden layer between the rows of E and the first block
     axis: str = 'paper'          # flm: tau(t), one of paper | measured | uniform
+    own_times: float = 0.0       # flm: share of training rows with a time for each token
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
@@ -68,9 +70,9 @@ class Config:
 # The denoiser, used by every model: rows h (B, L, C) at tau (B,) -> (B, L, V), or (B, L, C)
 
 def sinusoid(tau, frequencies):
-    """Fourier features of times in [0, 1]: (B,) and (n,) -> (B, 2 n)."""
-    angles = tau[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    """Fourier features of times in [0, 1]: (...) and (n,) -> (..., 2 n)."""
+    angles = tau[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -141,14 +143,21 @@ class Denoiser(nn.Module):
         self.layers = config.layers
         self.embed = nn.Parameter(torch.empty(V, C))  # E
         self.into = nn.Linear(C, D, bias=False) if C != D else nn.Identity()
+        if config.hidden_input:
+            # ours: of few channels tokens lie so close that a linear layer hardly tells them apart
+            self.into = nn.Sequential(nn.Linear(C, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         # ours: learnt positions beside the rotary ones, which FLM has alone
         self.position = nn.Parameter(torch.empty(config.length, D))
         # ours: what marks a position whose token is seen for certain; entry 0 is for all others.
         # One entry would do where E is wide. Of few channels, E learns what noise has to decide,
-        # and hardly tells the digits of a source apart: then each token has an entry of its own
-        self.known = nn.Embedding(1 + (V if C < D else 1), D)
+        # and hardly tells the digits of a source apart: then each token has an entry of its own,
+        # unless a hidden layer is there to tell them apart
+        entries = V if C < D and not config.hidden_input else 1
+        self.known = nn.Embedding(1 + entries, D)
         self.time = self.time_network(config.cond)
         self.time_to = self.time_network(config.cond) if config.two_time else None
+        # ours: where tokens may be at times of their own, each is told its own
+        self.own_time = self.time_network(D) if config.own_times else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         # the time's shifts, scales and gates for all blocks at once, and for the head
         self.modulation = nn.Linear(config.cond, (6 * config.layers + 2) * D)
@@ -186,6 +195,8 @@ class Denoiser(nn.Module):
             self.modulation.bias.copy_(pieces.repeat_interleave(len(self.position[0])))
         # and all tokens are equally likely
         nn.init.zeros_(self.head.weight)
+        if self.own_time is not None:
+            nn.init.zeros_(self.own_time[2].weight)
         # zero: a fresh student does what its teacher does, whatever time it is told to jump to
         if self.time_to is not None:
             nn.init.zeros_(self.time_to[2].weight)
@@ -193,7 +204,7 @@ class Denoiser(nn.Module):
     def forward(self, h, seen, tau, tau_to=None, target=None, share=None, cache=None, at=0):
         """
         h (B, L, C), seen (B, L) ids of tokens known for certain, else -1, tau and tau_to (B,) or
-        (1,) -> logits (B, L, out) in fp32.
+        (1,) -> logits (B, L, out) in fp32. tau may be (B, L), a time for each token.
         With a target, ids (B, L) or probabilities (B, L, V): the cross-entropy of each row (B,) in
         nats, summed over positions by their share (B, L); default: the mean over those not seen.
         ar: with a cache (layers, 2, B, heads, L, D/heads), h holds the position `at` alone.
@@ -204,7 +215,13 @@ class Denoiser(nn.Module):
         known = self.known((seen + 1).clamp(max=self.known.num_embeddings - 1))
         x = self.into(h) + self.position[here] + known  # (B, L, D)
 
+        if self.own_time is not None:
+            each = tau if tau.ndim == 2 else tau[:, None]
+            x = x + self.own_time(sinusoid(each, self.frequencies))
+
         # what the time has to say to every block
+        if tau.ndim == 2:
+            tau = tau.mean(1)
         cond = self.time(sinusoid(tau, self.frequencies))
         if tau_to is not None:
             cond = cond + self.time_to(sinusoid(tau_to, self.frequencies))
@@ -255,6 +272,11 @@ def interpolate(x, xs, ys):
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     w = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + w * (ys[i] - ys[i - 1])
+
+
+def over_channels(t):
+    """Times of rows (B,) or of tokens (B, L), such that they broadcast over (B, L, C)."""
+    return t[:, None, None] if t.ndim == 1 else t[..., None]
 
 
 def jump(x, p, s, t):
@@ -367,8 +389,8 @@ class OneHotFlow(Model):
         return z @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
-        """Noisy rows at tau (B,): tokens (B, L) -> h (B, L, C); given positions stay clean."""
-        t = self.t_of(tau)[:, None, None]
+        """Noisy tokens (B, L) at tau, (B,) or (B, L) -> h (B, L, C); given ones stay clean."""
+        t = over_channels(self.t_of(tau))
         B, L = tokens.shape
         clean = self.embedded(tokens)
         h = (1 - t) * self.noise(B, L, rng) + t * clean
@@ -376,14 +398,15 @@ class OneHotFlow(Model):
 
     def predict(self, h, given, tau, tau_to=None, target=None):
         """
-        D_tau(h), or delta_{tau,tau_to}(h) of a flow map, as logits (B, L, V); tau (B,) or (1,).
+        D_tau(h), or delta_{tau,tau_to}(h) of a flow map, as logits (B, L, V); tau (B,), (1,), or,
+        for a time of each token, (B, L).
         With a target, ids (B, L) or probabilities (B, L, V): each row's cross-entropy (B,), nats.
         """
         # ours: rows come to the network at unit size, which over a vocabulary of 50,257 differs by
         # 200 between noise and clean tokens. Mean squares per channel are |E|^2 / C for noise,
         # which adds up over V tokens, and 1/V of that for one token. The size is a constant at
         # each t, not each token's own norm, which says much where channels are few
-        t = self.t_of(tau)[:, None, None]
+        t = over_channels(self.t_of(tau))
         if self.config.two_time and tau_to is None:
             # a flow map from s to s is the denoiser
             tau_to = tau

@@ -2344,7 +2344,7 @@ def test_parts_of_a_teachers_batch_have_noise_of_their_own(parts):
     tau = torch.arange(8) / 8
     batch = [nothing_given(8), nothing_given(8), tau]
     bins = train_teacher.TauBins(CPU)
-    o = Namespace(parts=parts, seed=0, batch=8)
+    o = Namespace(parts=parts, seed=0, batch=8, own_times=0)
 
     for it in (0, 1):
         train_teacher.backward(Namespace(loss=loss), batch, it, o, 0, 1, bins)
@@ -2416,6 +2416,46 @@ def up_to_by_hand(row, end):
     return row[:n] + [-1] * (len(row) - n)
 
 
+@pytest.mark.parametrize('share', [.25, 1.])
+def test_tokens_with_times_of_their_own(share):
+    """Times that a row's tokens share, or rows of which there are too many."""
+    tau = torch.arange(2000) / 2000
+
+    times = train_teacher.own_times(tau, 50, share, generator())
+
+    own = (times != tau[:, None]).any(1)
+    assert abs(own.float().mean() - share) < .03
+    # as if each were alone: even over [0, 1), whatever the row's time was
+    assert (torch.histc(times[own], 10, 0, 1) / own.sum() / 50 - .1).abs().max() < .01
+    assert abs(torch.corrcoef(times[own, :2].T)[0, 1]) < .1
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+def test_one_time_for_a_row_is_the_same_time_for_all_its_tokens(hidden):
+    """Noise, size of the input or features of the wrong position's time."""
+    flow = tiny(own_times=.5, channels=3, hidden_input=hidden)
+    tokens = torch.randint(8, (4, 6))
+    given = torch.where(torch.arange(6) < 1, tokens, -1)
+    tau = torch.tensor([.1, .4, .7, .9])
+    each = tau[:, None].expand(-1, 6)
+
+    h = flow.corrupt(tokens, given, each, generator())
+    assert torch.equal(h, flow.corrupt(tokens, given, tau, generator()))
+    assert torch.allclose(flow.predict(h, given, each), flow.predict(h, given, tau), atol=1e-5)
+
+    # a token at another time: its own row changes, in noise and in what is said
+    other = each.clone()
+    other[2, 3] = .1
+    other[2, 4] = .8
+    changed = flow.corrupt(tokens, given, other, generator())
+    assert ((changed != h).any(-1).nonzero() == torch.tensor([[2, 3], [2, 4]])).all()
+    swapped = other.clone()
+    swapped[2, 3:5] = other[2, 3:5].flip(0)
+    said = flow.predict(h, given, other)
+    assert not torch.allclose(said[2], flow.predict(h, given, swapped)[2], atol=1e-3)
+    assert torch.allclose(said[:2], flow.predict(h, given, tau)[:2], atol=1e-5)
+
+
 def test_sources_of_pairs_are_given():
     """A source without its <sep>, or given up to a later one."""
     sep = 998
@@ -2434,9 +2474,9 @@ def test_sources_of_pairs_are_given():
 
 # the papers' own values, see arXiv:2602.16813, 2210.08933, 2404.04057, 2410.21035
 FLM = dict(
-    layers=12, width=768, heads=12, channels=768, dropout=.1, gate=0., axis='paper', given=0.,
-    anchor=0., all_positions=False, optimiser='adamw', lr=3e-4, beta2=.999, clip=1., warmup=2500,
-    decay=0., ema=.9999, batch=512, iters=1_000_000)
+    layers=12, width=768, heads=12, channels=768, hidden_input=False, dropout=.1, gate=0.,
+    axis='paper', own_times=0., given=0., anchor=0., all_positions=False, optimiser='adamw',
+    lr=3e-4, beta2=.999, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=1_000_000)
 DIFFUSEQ = {
     **FLM, 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0, 'decay': 1.,
     'batch': 2048, 'iters': 50_000}
@@ -3299,6 +3339,7 @@ BAD_TEACHERS = [
     ('--data {dozen}/data --heads 3', 'must be a multiple of twice --heads (3)'),
     ('--data {dozen}/data --width 129', '--width 129'),
     ('--data {dozen}/data --dropout 1', '--dropout 1: nothing would be left'),
+    ('--data {dozen}/data --model mdlm --own-times 0.5', '--own-times: is for --model flm'),
     ('--data {dozen}/data --layers 1000000 --width 1600000', 'too large for any machine'),
     ('--data {dozen}/data --device nonsense', '--device nonsense is not available'),
     ('--data {dozen}/data --batch 64 --parts 3', '--batch 64: must be a multiple of --parts (3)'),
@@ -5098,6 +5139,8 @@ def test_the_page_says_what_the_presets_are():
             paper['batch']) == ('adamw', 3e-4, 2500, 0.0, 0.9999, 512)
     assert (paper['given'], laptop['given'] > 0) == (0.0, True)
     assert table['given tokens'][0] == 'none'
+    assert (paper['own_times'], laptop['own_times']) == (0.0, 0.5)
+    assert table['time of a token'] == ['that of its row', 'in half of the rows each has its own']
     assert table['flow map: targets'][0] == 'semigroup; diagonal 1/2, of the rest 1/32 at (0, 1)'
     assert (jumps['paper']['method'], jumps['paper']['diagonal'],
             jumps['paper']['boundary']) == ('semigroup', 1 / 2, 1 / 32)

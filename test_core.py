@@ -2441,7 +2441,8 @@ def test_one_time_for_a_row_is_the_same_time_for_all_its_tokens(hidden):
 
     h = flow.corrupt(tokens, given, each, generator())
     assert torch.equal(h, flow.corrupt(tokens, given, tau, generator()))
-    assert torch.allclose(flow.predict(h, given, each), flow.predict(h, given, tau), atol=1e-5)
+    # the row's time, here a mean over tokens, is rounded, and its features are of 1000 tau
+    assert torch.allclose(flow.predict(h, given, each), flow.predict(h, given, tau), atol=1e-3)
 
     # a token at another time: its own row changes, in noise and in what is said
     other = each.clone()
@@ -2452,8 +2453,8 @@ def test_one_time_for_a_row_is_the_same_time_for_all_its_tokens(hidden):
     swapped = other.clone()
     swapped[2, 3:5] = other[2, 3:5].flip(0)
     said = flow.predict(h, given, other)
-    assert not torch.allclose(said[2], flow.predict(h, given, swapped)[2], atol=1e-3)
-    assert torch.allclose(said[:2], flow.predict(h, given, tau)[:2], atol=1e-5)
+    assert not torch.allclose(said[2], flow.predict(h, given, swapped)[2], atol=1e-2)
+    assert torch.allclose(said[:2], flow.predict(h, given, tau)[:2], atol=1e-3)
 
 
 def test_sources_of_pairs_are_given():

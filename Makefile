@@ -39,7 +39,7 @@ stories: data/stories
 	  --out assets/stories.json
 
 # one call beside its rivals, all trained for about 12 minutes on one core (OMP_NUM_THREADS=1); the
-# autoregressive model needs only five
+# autoregressive model needs less than four
 B = out/short
 short: data/stories
 	$(PY) train_teacher.py --data data/stories --out $B/flow/teacher

@@ -33,8 +33,8 @@ from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, draw
 from prepare_data import (Parser, as_rows, count, health, load_dataset, positive, rate, run_script,
                           share, to_texts)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
-                           get_batch, make_optimisers, parts_of, preset_adder, restore,
-                           set_parts, start_processes, update)
+                           even_times, get_batch, make_optimisers, parts_of, preset_adder,
+                           restore, set_parts, start_processes, update)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -77,7 +77,8 @@ PRESETS = {
 def parse(argv=None):
     """The options of a command line; those without a value get it from the preset, see main."""
     parser = Parser(description=__doc__)
-    add = preset_adder(parser, LAPTOP, PAPER)
+    # masked diffusion adds two options of its own to those of all stages
+    add = preset_adder(parser, {**LAPTOP_MASKED, **LAPTOP}, {**PAPER_MASKED, **PAPER})
     # what and where
     add('teacher', nargs='?', default='',
         help='folder or .pt file of the teacher; default: the newest out/*/teacher')
@@ -102,10 +103,8 @@ def parse(argv=None):
     add('--row-noise', action=argparse.BooleanOptionalAction,
         help='diffusion: one noise for all of a row')
     # masked diffusion
-    add('--rounds', type=positive,
-        help='mdlm: how often the student becomes the teacher [laptop 4, paper 7]')
-    add('--fewest', type=positive, help='mdlm: calls that the last round is for '
-        '[laptop 4, paper 8]')
+    add('--rounds', type=positive, help='mdlm: how often the student becomes the teacher')
+    add('--fewest', type=positive, help='mdlm: calls that the last round is for')
     # refining
     add('--guide', default='', help='a student that stays as it is: a copy of it is refined')
     add('--noises', type=positive, default=3,
@@ -146,7 +145,7 @@ def time_pairs(n, diagonal, boundary, cpu):
 
     # s = t, spread evenly over [0, 1)
     still = round(n * diagonal)
-    s[:still] = (u[0, 0] + torch.arange(still) / max(1, still)) % 1
+    s[:still] = even_times(u[0, 0], still)
     t[:still] = s[:still]
     kind[:still] = 0
 
@@ -381,16 +380,14 @@ class MaskedDistillation:
         self.step = 1 / (self.o.fewest * 2 ** doublings)
 
     def times(self, n, cpu):
-        # spread evenly, as in training
-        return [(torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1]
+        return [even_times(torch.rand(1, generator=cpu), n)]
 
     def __call__(self, tokens, given, times, rng):
         """Cross-entropy of the student under its teacher on rows (B, L), masked at times (B,)."""
-        t = times[0].to(tokens.device)[:, None]
-        hidden = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t
-        seen = torch.where(hidden & (given < 0), -1, tokens)
+        t = times[0].to(tokens.device)
+        seen = self.student.corrupt(tokens, given, t, rng)
         with torch.no_grad():
-            target = self.two_steps(seen, t, rng)
+            target = self.two_steps(seen, t[:, None], rng)
         losses = self.student.predict(seen, target=target, share=share_of(seen))
         return losses.mean(), {}
 
@@ -544,10 +541,8 @@ def load_same_data(o, ckpt):
 def build_student(teacher, guide, o):
     """A student that writes, at first, as the guide or the teacher does; E and rounding stay."""
     source = guide or teacher
-    if guide:
-        config = replace(guide.config, dropout=o.dropout)
-    elif teacher.config.model == 'mdlm':
-        config = replace(teacher.config, dropout=o.dropout)
+    if guide or teacher.config.model == 'mdlm':
+        config = replace(source.config, dropout=o.dropout)
     elif teacher.config.model == 'flm':
         config = replace(teacher.config, dropout=o.dropout, two_time=True)
     else:

@@ -192,7 +192,7 @@ class Denoiser(nn.Module):
         one_block = torch.tensor([0, 1, gate, 0, 1, gate])
         pieces = torch.cat([one_block.repeat(self.layers), torch.tensor([0, 1])])
         with torch.no_grad():
-            self.modulation.bias.copy_(pieces.repeat_interleave(len(self.position[0])))
+            self.modulation.bias.copy_(pieces.repeat_interleave(self.position.shape[1]))
         # and all tokens are equally likely
         nn.init.zeros_(self.head.weight)
         if self.own_time is not None:
@@ -625,10 +625,14 @@ class TokenModel(Model):
 class MaskedDiffusion(TokenModel):
     """MDLM (arXiv:2406.07524): tokens are masked, guessed, and stay once they are written."""
 
+    def corrupt(self, tokens, given, t, rng=None):
+        """What is seen of tokens (B, L) at t (B,): each is masked with 1 - t, but for given."""
+        hidden = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
+        return torch.where(hidden & (given < 0), -1, tokens)
+
     def loss(self, tokens, given, t, rng=None):
         """Bound on -log p, nats per position not given: the masked count 1/(1-t) each: (B,)."""
-        hidden = torch.rand(tokens.shape, generator=rng, device=tokens.device) >= t[:, None]
-        seen = torch.where(hidden & (given < 0), -1, tokens)
+        seen = self.corrupt(tokens, given, t, rng)
         share = share_of(given) * (seen < 0) / (1 - t[:, None]).clamp(min=1e-3)
         return self.predict(seen, target=tokens, share=share)
 

@@ -182,9 +182,13 @@ def get_batch(ids, meta, n, share, cpu, device):
         given = up_to(tokens, meta, '<sep>')
     else:
         given = random_given(tokens, share, cpu)
-    # stratified: one time in each of n equal stretches, from a common random start
-    tau = (torch.rand(1, generator=cpu) + torch.arange(n) / n) % 1
+    tau = even_times(torch.rand(1, generator=cpu), n)
     return [to_device(x, device) for x in (tokens, given, tau)]
+
+
+def even_times(start, n):
+    """Stratified: one time in each of n equal stretches of [0, 1), from a random start: (n,)."""
+    return (start + torch.arange(n) / n) % 1
 
 
 def random_given(tokens, share, cpu):

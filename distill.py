@@ -13,7 +13,7 @@ Writes <out>/model.pt and <out>/log.jsonl.
 
 As everywhere, times run from noise (0) to data (1), and `given` (B, L) holds the ids of known
 tokens, -1 where text is to be written. s, u and t of a jump are reparameterised times tau here;
-flow.t_of(tau) is the t of the formulas. E is the embedding table, which both networks share.
+flow.token_t is the t of the formulas. E is the embedding table, which both networks share.
 """
 
 import argparse
@@ -158,9 +158,9 @@ def time_pairs(n, diagonal, boundary, cpu):
     return s, t, kind
 
 
-def two_legs(flow, first, last, s, u, t):
+def two_legs(flow, first, last, given, s, u, t):
     """delta_{s,t} from the texts p that its legs s -> u and u -> t aim at: (B, L, V)."""
-    s, u, t = [flow.t_of(tau)[:, None, None] for tau in (s, u, t)]
+    s, u, t = [flow.token_t(tau, given) for tau in (s, u, t)]
     g = first_leg_weight(s, u, t)
     return g * first + (1 - g) * last
 
@@ -171,7 +171,7 @@ def semigroup_target(student, teacher, h, given, s, t, o):
     first = student.predict(h, given, s, u).softmax(-1)
     h_u = student.jump(h, first, given, s, u)
     last = student.predict(h_u, given, u, t).softmax(-1)
-    return two_legs(student, first, last, s, u, t)
+    return two_legs(student, first, last, given, s, u, t)
 
 
 def lagrangian_target(student, teacher, h, given, s, t, o):
@@ -184,7 +184,7 @@ def lagrangian_target(student, teacher, h, given, s, t, o):
     first = student.predict(h, given, s, u).softmax(-1)
     h_u = student.jump(h, first, given, s, u)
     last = teacher.predict(h_u, given, u).softmax(-1)
-    return two_legs(student, first, last, s, u, t)
+    return two_legs(student, first, last, given, s, u, t)
 
 
 def eulerian_target(student, teacher, h, given, s, t, o):
@@ -196,7 +196,7 @@ def eulerian_target(student, teacher, h, given, s, t, o):
     first = teacher.predict(h, given, s).softmax(-1)
     h_u = student.jump(h, first, given, s, u)
     last = student.predict(h_u, given, u, t).softmax(-1)
-    return two_legs(student, first, last, s, u, t)
+    return two_legs(student, first, last, given, s, u, t)
 
 
 class FlowMap:
@@ -420,7 +420,7 @@ def rollout_target(student, teacher, h, given, s, t, o):
         then = s + (t - s) * (i + 1) / o.rollout
         p = teacher.predict(h, given, now).softmax(-1)
         # a weighted mean of the p along the way; of a jump to t = 1 only the last one counts
-        target = two_legs(student, target, p, s, now, then)
+        target = two_legs(student, target, p, given, s, now, then)
         h = student.jump(h, p, given, now, then)
     return target
 

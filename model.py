@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # of checkpoint files; a file of another format is refused by one line
-FORMAT = 6
+FORMAT = 7
 
 # the time of DLM-One's only call: there b/a = 2.5, as at index 1490 of DiffuSeq's 2000
 ONE_CALL_START = 1 - 1491 / 2000
@@ -58,7 +58,7 @@ class Config:
     gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
     hidden_input: bool = False   # a hidden layer between the rows of E and the first block
     axis: str = 'paper'          # flm: tau(t), one of paper | measured | uniform
-    own_times: float = 0.0       # flm: share of training rows with a time for each token
+    stagger: float = 0.0         # flm: how much later the last token is written than the first
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
@@ -156,8 +156,6 @@ class Denoiser(nn.Module):
         self.known = nn.Embedding(1 + entries, D)
         self.time = self.time_network(config.cond)
         self.time_to = self.time_network(config.cond) if config.two_time else None
-        # ours: where tokens may be at times of their own, each is told its own
-        self.own_time = self.time_network(D) if config.own_times else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         # the time's shifts, scales and gates for all blocks at once, and for the head
         self.modulation = nn.Linear(config.cond, (6 * config.layers + 2) * D)
@@ -195,8 +193,6 @@ class Denoiser(nn.Module):
             self.modulation.bias.copy_(pieces.repeat_interleave(self.position.shape[1]))
         # and all tokens are equally likely
         nn.init.zeros_(self.head.weight)
-        if self.own_time is not None:
-            nn.init.zeros_(self.own_time[2].weight)
         # zero: a fresh student does what its teacher does, whatever time it is told to jump to
         if self.time_to is not None:
             nn.init.zeros_(self.time_to[2].weight)
@@ -204,7 +200,7 @@ class Denoiser(nn.Module):
     def forward(self, h, seen, tau, tau_to=None, target=None, share=None, cache=None, at=0):
         """
         h (B, L, C), seen (B, L) ids of tokens known for certain, else -1, tau and tau_to (B,) or
-        (1,) -> logits (B, L, out) in fp32. tau may be (B, L), a time for each token.
+        (1,) -> logits (B, L, out) in fp32.
         With a target, ids (B, L) or probabilities (B, L, V): the cross-entropy of each row (B,) in
         nats, summed over positions by their share (B, L); default: the mean over those not seen.
         ar: with a cache (layers, 2, B, heads, L, D/heads), h holds the position `at` alone.
@@ -215,13 +211,7 @@ class Denoiser(nn.Module):
         known = self.known((seen + 1).clamp(max=self.known.num_embeddings - 1))
         x = self.into(h) + self.position[here] + known  # (B, L, D)
 
-        if self.own_time is not None:
-            each = tau if tau.ndim == 2 else tau[:, None]
-            x = x + self.own_time(sinusoid(each, self.frequencies))
-
         # what the time has to say to every block
-        if tau.ndim == 2:
-            tau = tau.mean(1)
         cond = self.time(sinusoid(tau, self.frequencies))
         if tau_to is not None:
             cond = cond + self.time_to(sinusoid(tau_to, self.frequencies))
@@ -274,26 +264,25 @@ def interpolate(x, xs, ys):
     return ys[i - 1] + w * (ys[i] - ys[i - 1])
 
 
-def over_channels(t):
-    """Times of rows (B,) or of tokens (B, L), such that they broadcast over (B, L, C)."""
-    return t[:, None, None] if t.ndim == 1 else t[..., None]
-
-
 def jump(x, p, s, t):
     """
     X_{s,t}(x) = (1-t)/(1-s) x + (t-s)/(1-s) p, arXiv:2602.16813: an Euler step for p = D_s(x), the
     flow map for p = delta_{s,t}(x). x and p are both in R^V, or both already times E.
     """
-    keep = (1 - t) / (1 - s).clamp(min=1e-6)
+    left = 1 - s
+    # at s = 1 nothing is left to be moved
+    keep = torch.where(left > 1e-6, (1 - t) / left.clamp(min=1e-6), 1)
     return keep * x + (1 - keep) * p
 
 
 def first_leg_weight(s, u, t):
     """
     g in delta_{s,t}(x) = g delta_{s,u}(x) + (1-g) delta_{u,t}(X_{s,u}(x)), s <= u <= t: how much
-    of a jump's text its first leg decides (semigroup property, arXiv:2602.16813). g = 0 at t = 1.
+    of a jump's text its first leg decides (semigroup property, arXiv:2602.16813). g = 0 at t = 1,
+    unless the first leg has come there itself.
     """
-    return (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
+    g = (1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-9)
+    return torch.where((1 - u < 1e-6) & (u > s), 1, g)
 
 
 # -----------------------------------------------------------------------------
@@ -342,18 +331,26 @@ class OneHotFlow(Model):
     @torch.no_grad()
     def refit_axis(self, tokens, given, seed):
         """
-        ours: let tau rise as the network's own loss on these rows (B, L) falls, seen at 33 times,
-        so that each call of a sampler decides as much as any other. FLM's axis follows a reader of
-        all of x_t, of which the network sees C numbers. Returns the new taus.
+        ours: let tau rise as the network's own loss on these rows (B, L) falls, seen at 33 times of
+        tokens, so that each call of a sampler decides as much as any other. FLM's axis follows a
+        reader of all of x_t, of which the network sees C numbers. Returns the new taus.
         """
         grid = torch.linspace(0, 1, 33, device=tokens.device)
-        losses = []
-        for tau in grid:
+        sums = torch.zeros(2, 33, device=tokens.device)  # of losses, and their number
+        # so many that each of the 33 is met
+        n = round(64 * (1 + self.config.stagger))
+        for tau in (torch.arange(n, device=tokens.device) + 0.5) / n:
             # the same rows and noise each time, or the axis would get stairs
             rng = torch.Generator(tokens.device).manual_seed(seed)
-            losses.append(self.loss(tokens, given, tau.expand(len(tokens)), rng).mean())
+            tau = tau.expand(len(tokens))
+            logits = self.predict(self.corrupt(tokens, given, tau, rng), given, tau)
+            nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction='none').flatten()
+            at = self.token_tau(tau, given).flatten()
+            # not those that have yet to begin, or are written
+            counted = ((given.flatten() < 0) & (at > 0) & (at < 1)).float()
+            sums.index_add_(1, (32 * at).round().long(), torch.stack([nats * counted, counted]))
         # it falls, if only slightly
-        loss = torch.cummin(torch.stack(losses), 0).values - 1e-6 * grid
+        loss = torch.cummin(sums[0] / sums[1], 0).values - 1e-6 * grid
         # half of the old axis stays: one rough measure does little harm
         fallen = 0.5 * (loss[0] - loss) / (loss[0] - loss[-1]) + 0.5 * grid
         self.taus.copy_(interpolate(self.taus, grid, fallen))
@@ -362,6 +359,23 @@ class OneHotFlow(Model):
     def t_of(self, tau):
         """The time t at tau, any shape."""
         return interpolate(tau, self.taus, self.ts)
+
+    def token_tau(self, tau, given):
+        """
+        The tau of each token (B, L) of rows at tau, (B,) or (1,).
+        ours (stagger): the first token to be written goes ahead, the last one begins when a share
+        stagger / (1 + stagger) of the way is over; so a token can be decided knowing most of those
+        before it (AR-Diffusion, arXiv:2305.09515). At 0 all are at the row's tau, as in the paper.
+        """
+        w = self.config.stagger
+        written = given < 0
+        place = written.cumsum(1) - 1  # among those to be written: 0, 1, ...
+        last = (written.sum(1, keepdim=True) - 1).clamp(min=1)
+        return ((1 + w) * tau[:, None] - w * place / last).clamp(0, 1)
+
+    def token_t(self, tau, given):
+        """The t of each token of rows at tau, (B,) or (1,), to be used on (B, L, C): (B, L, 1)."""
+        return self.t_of(self.token_tau(tau, given))[..., None]
 
     def noise_factor(self, positions):
         """
@@ -389,8 +403,8 @@ class OneHotFlow(Model):
         return z @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):
-        """Noisy tokens (B, L) at tau, (B,) or (B, L) -> h (B, L, C); given ones stay clean."""
-        t = over_channels(self.t_of(tau))
+        """Noisy tokens (B, L) in rows at tau (B,) -> h (B, L, C); given ones stay clean."""
+        t = self.token_t(tau, given)
         B, L = tokens.shape
         clean = self.embedded(tokens)
         h = (1 - t) * self.noise(B, L, rng) + t * clean
@@ -398,15 +412,14 @@ class OneHotFlow(Model):
 
     def predict(self, h, given, tau, tau_to=None, target=None):
         """
-        D_tau(h), or delta_{tau,tau_to}(h) of a flow map, as logits (B, L, V); tau (B,), (1,), or,
-        for a time of each token, (B, L).
+        D_tau(h), or delta_{tau,tau_to}(h) of a flow map, as logits (B, L, V); tau (B,) or (1,).
         With a target, ids (B, L) or probabilities (B, L, V): each row's cross-entropy (B,), nats.
         """
         # ours: rows come to the network at unit size, which over a vocabulary of 50,257 differs by
         # 200 between noise and clean tokens. Mean squares per channel are |E|^2 / C for noise,
         # which adds up over V tokens, and 1/V of that for one token. The size is a constant at
         # each t, not each token's own norm, which says much where channels are few
-        t = over_channels(self.t_of(tau))
+        t = self.token_t(tau, given)
         if self.config.two_time and tau_to is None:
             # a flow map from s to s is the denoiser
             tau_to = tau
@@ -428,8 +441,8 @@ class OneHotFlow(Model):
 
     def jump(self, h, p, given, tau_s, tau_t):
         """Move h from tau_s to tau_t along p (B, L, V); given positions stay as they are."""
-        s = self.t_of(tau_s)[:, None, None]
-        t = self.t_of(tau_t)[:, None, None]
+        s = self.token_t(tau_s, given)
+        t = self.token_t(tau_t, given)
         return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed, s, t), h)
 
     @torch.no_grad()
@@ -447,7 +460,7 @@ class OneHotFlow(Model):
         for i in range(nfe):
             tau = taus[i:i + 1]  # (1,): all rows are at the same time
             tau_next = taus[i + 1:i + 2]
-            landing, rescale = self.gamma_landing(tau_next, gamma)
+            landing = self.gamma_landing(tau_next, gamma)
             tau_to = landing if self.config.two_time else None
             logits = without_specials(self.predict(h, given, tau, tau_to))
             if on_call is not None or i == nfe - 1:
@@ -459,20 +472,26 @@ class OneHotFlow(Model):
             p = (logits / temperature).softmax(-1)
             h = self.jump(h, p, given, tau, landing)
             if gamma > 0:
-                t = self.t_of(tau_next)
-                fresh = rescale * h + gamma * (1 - t) * self.noise(B, L, rng, factor)
-                h = torch.where(given[..., None] < 0, fresh, h)
+                h = self.renoise(h, given, landing, tau_next, self.noise(B, L, rng, factor))
 
     def gamma_landing(self, tau_next, gamma):
-        """Where gamma sampling jumps to before it adds noise: tau_r, and the factor t/r."""
+        """Where gamma sampling jumps to before it adds noise: tau of a row, (1,) -> (1,)."""
         if gamma == 0:
-            return tau_next, 1
+            return tau_next
         # ours: land at the r for which scaling by t/r leaves room for just the fresh noise,
         # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, which keeps the law of x_t; the public code
         # lands at 1 - (1-t) sqrt(1 - gamma^2), which does not
         t = self.t_of(tau_next)
         r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
-        return interpolate(r, self.ts, self.taus), t / r
+        return interpolate(r, self.ts, self.taus)
+
+    def renoise(self, h, given, tau_r, tau_t, noise):
+        """Back from tau_r to an earlier tau_t, (1,) each, by noise of just the size it takes."""
+        r = self.token_t(tau_r, given)
+        t = self.token_t(tau_t, given)
+        keep = t / r.clamp(min=1e-6)
+        size = ((1 - t) ** 2 - (keep * (1 - r)) ** 2).clamp(min=0).sqrt()
+        return torch.where(given[..., None] < 0, keep * h + size * noise, h)
 
 
 # -----------------------------------------------------------------------------

@@ -1062,15 +1062,23 @@ def test_axes_of_a_flow():
         assert flow.t_of(tau)[-1] == 1
 
 
-def test_measured_axis_lets_tau_rise_as_the_loss_falls():
-    """A time axis that follows the wrong curve, or ends that wander off."""
-    flow = tiny()
+@pytest.mark.parametrize('stagger', [0., 1., 3.])
+def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
+    """A time axis that follows the wrong curve, a row's time for a token's, or ends that wander."""
+    flow = tiny(stagger=stagger)
     old = flow.taus.clone()
-    flow.loss = lambda tokens, given, tau, rng: 1 - tau ** 2
 
-    flow.refit_axis(nothing_given(2), None, seed=0)
+    def predict(h, given, tau):
+        # nats of token 0 at its own time: 1 - tau^2
+        p = torch.exp(flow.token_tau(tau, given) ** 2 - 1)
+        others = torch.log((1 - p) / 11 + 1e-9)
+        return torch.cat([p.log()[..., None], others[..., None].expand(-1, -1, 11)], -1)
 
-    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
+    flow.predict = predict
+    given = torch.where(torch.arange(6) < 1, 0, nothing_given(2))
+    flow.refit_axis(torch.zeros(2, 6).long(), given, seed=0)
+
+    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-2)
     assert (flow.taus.diff() > 0).all()
     assert flow.taus[0] == 0
     assert flow.taus[-1] == 1
@@ -1215,8 +1223,8 @@ class ExactNet:
             return exact_denoiser(h, tau[:, None, None]).log()
         return exact_delta(h, tau[:, None, None], tau_to[:, None, None]).log()
 
-    def t_of(self, tau):
-        return tau
+    def token_t(self, tau, given):
+        return tau[:, None, None]
 
     def jump(self, h, p, given, s, t):
         return models.jump(h, p, s[:, None, None], t[:, None, None])
@@ -1338,19 +1346,68 @@ def test_loss_of_a_flow_map_against_brute_force(diagonal, boundary):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('stagger', [0., 1.])
 @pytest.mark.parametrize('gamma', [.3, .8, 1.])
-def test_gamma_lands_where_fresh_noise_keeps_the_law(gamma):
+def test_gamma_adds_as_much_noise_as_keeps_the_law(gamma, stagger):
     """Noise added to what is noisy already: each call would see more than its time says."""
-    flow = tiny()
-    tau = torch.tensor([.1, .5, .9])
-    t = flow.t_of(tau)
+    flow = tiny(stagger=stagger)
+    given = nothing_given(1)
+    zeros = torch.zeros(1, 6, 32)
+    for tau in torch.tensor([[.1], [.5], [.9]]):
+        landing = flow.gamma_landing(tau, gamma)
+        # what becomes of x_r = (1-r) eps + r token, of what is drawn anew, and of no noise at all
+        r = flow.token_t(landing, given)
+        t = flow.token_t(tau, given)
+        noise = flow.renoise((1 - r) * (zeros + 1), given, landing, tau, zeros)
+        token = flow.renoise(r * (zeros + 1), given, landing, tau, zeros)
+        fresh = flow.renoise(zeros, given, landing, tau, zeros + 1)
 
-    landing, rescale = flow.gamma_landing(tau, gamma)
+        assert torch.allclose(token, t.expand_as(token), atol=1e-4)
+        assert torch.allclose(noise ** 2 + fresh ** 2, ((1 - t) ** 2).expand_as(token), atol=1e-4)
+        if stagger == 0:
+            assert torch.allclose(fresh, gamma * (1 - t).expand_as(token), atol=1e-3)
 
-    r = flow.t_of(landing)
-    assert torch.allclose(rescale * r, t, atol=1e-4)
-    assert torch.allclose((rescale * (1 - r)) ** 2 + (gamma * (1 - t)) ** 2, (1 - t) ** 2,
-                          atol=1e-4)
+
+@torch.no_grad()
+def test_times_of_tokens_that_are_written_one_after_the_other():
+    """A prompt that is waited for, a token that never starts or ends, or the paper's flow changed."""
+    given = torch.tensor([[-1, -1, -1, -1, -1, -1], [3, 3, -1, -1, -1, 3], [3, 3, 3, 3, -1, 3]])
+    tau = torch.tensor([.5])
+    # halves of the row's time: the first token is written in the first one
+    assert torch.allclose(tiny(stagger=1.).token_tau(tau, given)[0], torch.linspace(1, 0, 6))
+    assert torch.allclose(tiny(stagger=1.).token_tau(tau, given)[1, 2:5], torch.tensor([1, .5, 0]))
+    # alone it has the first one's time
+    assert tiny(stagger=1.).token_tau(tau, given)[2, 4] == 1
+    assert torch.equal(tiny().token_tau(tau, given), torch.full((3, 6), .5))
+    for stagger in (0., .3, 4.):
+        flow = tiny(stagger=stagger)
+        assert torch.equal(flow.token_tau(torch.zeros(1), given)[0], torch.zeros(6))
+        assert torch.allclose(flow.token_tau(torch.ones(1), given)[0], torch.ones(6))
+
+
+@torch.no_grad()
+@torch.no_grad()
+def test_a_written_token_stays_and_a_waiting_one_too():
+    """A token that is moved before its time, or after it, where 1 - t is 0."""
+    flow = tiny(stagger=3.)
+    given = nothing_given(2)
+    h = torch.randn(2, 6, 32)
+    p, first, last = torch.rand(3, 2, 6, 12).softmax(-1)
+    s = torch.tensor([.4])
+    t = torch.tensor([.6])
+    before = flow.token_tau(s, given)[0]    # 1, 1, .4, 0, 0, 0
+    now = flow.token_tau(t, given)[0]       # 1, 1, 1, .6, 0, 0
+
+    after = flow.jump(h, p, given, s, t)
+
+    same = before == now
+    assert same.tolist() == [True, True, False, False, True, True]
+    assert torch.equal(after[:, same], h[:, same])
+    assert torch.allclose(after[:, 2], (p @ flow.net.embed)[:, 2], atol=1e-5)
+    # of two legs: what the first one has written is the first one's, all else the last one's
+    both = distill.two_legs(flow, first, last, given, s, t, torch.ones(1))
+    assert torch.equal(both[:, 2], first[:, 2])
+    assert torch.equal(both[:, 3:], last[:, 3:])
 
 
 @pytest.mark.parametrize('more, taus, taus_to', [
@@ -2345,7 +2402,7 @@ def test_parts_of_a_teachers_batch_have_noise_of_their_own(parts):
     tau = torch.arange(8) / 8
     batch = [nothing_given(8), nothing_given(8), tau]
     bins = train_teacher.TauBins(CPU)
-    o = Namespace(parts=parts, seed=0, batch=8, own_times=0)
+    o = Namespace(parts=parts, seed=0, batch=8)
 
     for it in (0, 1):
         train_teacher.backward(Namespace(loss=loss), batch, it, o, 0, 1, bins)
@@ -2417,47 +2474,6 @@ def up_to_by_hand(row, end):
     return row[:n] + [-1] * (len(row) - n)
 
 
-@pytest.mark.parametrize('share', [.25, 1.])
-def test_tokens_with_times_of_their_own(share):
-    """Times that a row's tokens share, or rows of which there are too many."""
-    tau = torch.arange(2000) / 2000
-
-    times = train_teacher.own_times(tau, 50, share, generator())
-
-    own = (times != tau[:, None]).any(1)
-    assert abs(own.float().mean() - share) < .03
-    # as if each were alone: even over [0, 1), whatever the row's time was
-    assert (torch.histc(times[own], 10, 0, 1) / own.sum() / 50 - .1).abs().max() < .01
-    assert abs(torch.corrcoef(times[own, :2].T)[0, 1]) < .1
-
-
-@pytest.mark.parametrize('hidden', [False, True])
-def test_one_time_for_a_row_is_the_same_time_for_all_its_tokens(hidden):
-    """Noise, size of the input or features of the wrong position's time."""
-    flow = tiny(own_times=.5, channels=3, hidden_input=hidden)
-    tokens = torch.randint(8, (4, 6))
-    given = torch.where(torch.arange(6) < 1, tokens, -1)
-    tau = torch.tensor([.1, .4, .7, .9])
-    each = tau[:, None].expand(-1, 6)
-
-    h = flow.corrupt(tokens, given, each, generator())
-    assert torch.equal(h, flow.corrupt(tokens, given, tau, generator()))
-    # the row's time, here a mean over tokens, is rounded, and its features are of 1000 tau
-    assert torch.allclose(flow.predict(h, given, each), flow.predict(h, given, tau), atol=1e-3)
-
-    # a token at another time: its own row changes, in noise and in what is said
-    other = each.clone()
-    other[2, 3] = .1
-    other[2, 4] = .8
-    changed = flow.corrupt(tokens, given, other, generator())
-    assert ((changed != h).any(-1).nonzero() == torch.tensor([[2, 3], [2, 4]])).all()
-    swapped = other.clone()
-    swapped[2, 3:5] = other[2, 3:5].flip(0)
-    said = flow.predict(h, given, other)
-    assert not torch.allclose(said[2], flow.predict(h, given, swapped)[2], atol=1e-2)
-    assert torch.allclose(said[:2], flow.predict(h, given, tau)[:2], atol=1e-3)
-
-
 def test_sources_of_pairs_are_given():
     """A source without its <sep>, or given up to a later one."""
     sep = 998
@@ -2477,7 +2493,7 @@ def test_sources_of_pairs_are_given():
 # the papers' own values, see arXiv:2602.16813, 2210.08933, 2404.04057, 2410.21035
 FLM = dict(
     layers=12, width=768, heads=12, channels=768, hidden_input=False, dropout=.1, gate=0.,
-    axis='paper', own_times=0., given=0., anchor=0., all_positions=False, optimiser='adamw',
+    axis='paper', stagger=0., given=0., anchor=0., all_positions=False, optimiser='adamw',
     lr=3e-4, beta2=.999, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=1_000_000)
 DIFFUSEQ = {
     **FLM, 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0, 'decay': 1.,
@@ -3341,7 +3357,7 @@ BAD_TEACHERS = [
     ('--data {dozen}/data --heads 3', 'must be a multiple of twice --heads (3)'),
     ('--data {dozen}/data --width 129', '--width 129'),
     ('--data {dozen}/data --dropout 1', '--dropout 1: nothing would be left'),
-    ('--data {dozen}/data --model mdlm --own-times 0.5', '--own-times: is for --model flm'),
+    ('--data {dozen}/data --model mdlm --stagger 0.5', '--stagger: is for --model flm'),
     ('--data {dozen}/data --layers 1000000 --width 1600000', 'too large for any machine'),
     ('--data {dozen}/data --device nonsense', '--device nonsense is not available'),
     ('--data {dozen}/data --batch 64 --parts 3', '--batch 64: must be a multiple of --parts (3)'),
@@ -5141,7 +5157,7 @@ def test_the_page_says_what_the_presets_are():
             paper['batch']) == ('adamw', 3e-4, 2500, 0.0, 0.9999, 512)
     assert (paper['given'], laptop['given'] > 0) == (0.0, True)
     assert table['given tokens'][0] == 'none'
-    assert (paper['own_times'], laptop['own_times']) == (0.0, 0.5)
+    assert (paper['stagger'], laptop['stagger']) == (0.0, 1.0)
     assert table['time of a token'] == ['that of its row', 'in half of the rows each has its own']
     assert table['flow map: targets'][0] == 'semigroup; diagonal 1/2, of the rest 1/32 at (0, 1)'
     assert (jumps['paper']['method'], jumps['paper']['diagonal'],

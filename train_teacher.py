@@ -37,24 +37,23 @@ from prepare_data import share as share_type
 # Options
 
 # ours, for minutes on a CPU: Muon, few channels of the embedding, a hidden layer behind them, open
-# gates, the measured axis, in part of the rows given tokens or a time for each token (clearer
-# tokens beside noisier ones teach what depends on what), an anchor for the diffusion. What is
-# measured of it: assets/ablations.md
+# gates, the measured axis, first tokens ahead of last ones, given tokens in part of the rows, an
+# anchor for the diffusion. What is measured of it: assets/ablations.md
 LAPTOP = dict(
     layers=4, heads=8, width=128, channels=4, dropout=0.0, gate=0.3, hidden_input=True,
-    axis='measured', own_times=0.5, given=0.3, anchor=0.1, all_positions=False, iters=900,
+    axis='measured', stagger=1.0, given=0.3, anchor=0.1, all_positions=False, iters=900,
     batch=128, optimiser='muon', lr=3e-3, beta2=0.99, warmup=50, decay=0.6, ema=0.999,
     eval_every=500)
 LAPTOP_DIFFUSEQ = {
-    **LAPTOP, 'channels': 8, 'hidden_input': False, 'own_times': 0.0, 'iters': 1500, 'batch': 64}
+    **LAPTOP, 'channels': 8, 'hidden_input': False, 'stagger': 0.0, 'iters': 1500, 'batch': 64}
 # a baseline's embedding is not noised, so it may be wider; it learns from all that it writes
 LAPTOP_BASELINE = {
-    **LAPTOP, 'channels': 32, 'hidden_input': False, 'own_times': 0.0, 'given': 0.0}
+    **LAPTOP, 'channels': 32, 'hidden_input': False, 'stagger': 0.0, 'given': 0.0}
 
 # FLM, arXiv:2602.16813; MDLM and AR of the same size
 PAPER = dict(
     layers=12, heads=12, width=768, channels=768, dropout=0.1, gate=0.0, hidden_input=False,
-    axis='paper', own_times=0.0, given=0.0, anchor=0.0, all_positions=False, iters=1_000_000,
+    axis='paper', stagger=0.0, given=0.0, anchor=0.0, all_positions=False, iters=1_000_000,
     batch=512, optimiser='adamw', lr=3e-4, beta2=0.999, warmup=2500, decay=0.0, ema=0.9999,
     eval_every=5000)
 # DiffuSeq, arXiv:2210.08933, on its question pairs
@@ -96,8 +95,8 @@ def parse(argv=None):
         help='a hidden layer between the embedding and the first block')
     # the loss
     add('--axis', choices=['paper', 'measured', 'uniform'], help='flm: how tau runs along t')
-    add('--own-times', type=share_type,
-        help='flm: share of rows in which each token is at a time of its own')
+    add('--stagger', type=rate,
+        help='flm: how much later the last token is written than the first; 0: all together')
     add('--given', type=share_type,
         help='share of rows without a source that get random given tokens, for prompts and infills')
     add('--anchor', type=rate,
@@ -156,8 +155,8 @@ def check_options(o):
     """Refuse a network that cannot be built."""
     if o.width % (2 * o.heads):
         fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
-    if o.own_times and o.model != 'flm':
-        fail(f'--own-times: is for --model flm; leave it out for {o.model}')
+    if o.stagger and o.model != 'flm':
+        fail(f'--stagger: is for --model flm; leave it out for {o.model}')
     if o.dropout == 1:
         fail('--dropout 1: nothing would be left; give less')
     if o.layers * o.width ** 2 > 1e11:
@@ -199,17 +198,6 @@ def random_given(tokens, share, cpu):
     scattered = torch.rand(n, L, generator=cpu) < amount
     known = (chosen < share) & torch.where(kind < 0.5, prefix, scattered)
     return torch.where(known, tokens, -1)
-
-
-def own_times(tau, L, share, rng):
-    """
-    ours: times of tokens (n, L) from those of rows (n,), drawn anew for each token of a `share` of
-    the rows: what stands beside a token may then be clearer than the token is.
-    """
-    n = len(tau)
-    each = torch.rand(n, L, generator=rng, device=tau.device)
-    chosen = torch.rand(n, 1, generator=rng, device=tau.device) < share
-    return torch.where(chosen, each, tau[:, None])
 
 
 def up_to(tokens, meta, name):
@@ -485,8 +473,6 @@ class TauBins:
         self.sums = kept.to(device, dtype)
 
     def add(self, tau, losses):
-        if tau.ndim == 2:
-            tau = tau.mean(1)  # a row whose tokens are at different times
         losses = losses.detach().to(self.sums.dtype)
         both = torch.stack([losses, torch.ones_like(losses)])  # (2, B)
         self.sums[:2].index_add_(1, (tau * 8).long(), both)
@@ -593,8 +579,6 @@ def backward(model, batch, it, o, rank, world, bins):
     device = batch[0].device
     for rows, rng in parts_of(o, it, rank, world, device):
         tokens, given, tau = [x[rows] for x in batch]
-        if o.own_times:
-            tau = own_times(tau, tokens.shape[1], o.own_times, rng)
         with autocast(device):
             losses = model.loss(tokens, given, tau, rng)
         (losses.sum() / o.batch).backward()
@@ -660,7 +644,7 @@ def main(o):
             if o.model == 'flm' and o.axis == 'measured' and 2 * it <= o.iters:
                 with autocast(device):
                     tokens, given, _ = batch
-                    ema.taus.copy_(model.refit_axis(tokens[:32], given[:32], seed=it))
+                    ema.taus.copy_(model.refit_axis(tokens[:16], given[:16], seed=it))
             bins.sums.zero_()
 
         # save, and only then measure

@@ -5157,7 +5157,7 @@ def test_the_page_says_what_the_presets_are():
             paper['batch']) == ('adamw', 3e-4, 2500, 0.0, 0.9999, 512)
     assert (paper['given'], laptop['given'] > 0) == (0.0, True)
     assert table['given tokens'][0] == 'none'
-    assert (paper['stagger'], laptop['stagger']) == (0.0, 1.0)
+    assert (paper['stagger'], laptop['stagger']) == (0.0, 3.0)
     assert table['time of a token'] == ['that of its row', 'in half of the rows each has its own']
     assert table['flow map: targets'][0] == 'semigroup; diagonal 1/2, of the rest 1/32 at (0, 1)'
     assert (jumps['paper']['method'], jumps['paper']['diagonal'],

@@ -31,8 +31,8 @@ data/%: | .venv
 # teaches a copy of itself one call
 S = out/stories
 stories: data/stories
-	$(PY) train_teacher.py --data data/stories --iters 3400 --eval-every 1000
-	$(PY) distill.py $S/teacher --iters 500
+	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2400 --eval-every 800
+	$(PY) distill.py $S/teacher --iters 400 --eval-every 200
 	$(PY) distill.py $S/teacher --guide $S/student --out $S/one-call-1 --iters 300
 	$(PY) distill.py $S/teacher --guide $S/one-call-1 --out $S/one-call --iters 400
 	$(PY) bench.py quality $S/teacher $S/student $S/one-call --nfe 1 2 4 8 32 --seeds 2 \
@@ -43,9 +43,9 @@ stories: data/stories
 B = out/short
 short: data/stories
 	$(PY) train_teacher.py --data data/stories --out $B/flow/teacher
-	$(PY) distill.py $B/flow/teacher --iters 300
+	$(PY) distill.py $B/flow/teacher
 	$(PY) train_teacher.py --data data/stories --model mdlm --out $B/mdlm/teacher
-	$(PY) distill.py $B/mdlm/teacher --iters 700
+	$(PY) distill.py $B/mdlm/teacher
 	$(PY) train_teacher.py --data data/stories --model ar --out $B/ar/teacher --iters 500
 	$(PY) bench.py quality $B/flow/teacher $B/flow/student $B/mdlm/teacher $B/mdlm/sdtt \
 	  $B/ar/teacher --nfe 1 2 4 8 32 --seeds 2 --out assets/stories-short.json
@@ -60,7 +60,7 @@ weights:
 # a flow map, then three rounds in which a frozen student teaches a copy of itself one call
 D = out/dates
 dates: data/dates
-	$(PY) train_teacher.py --data data/dates --channels 2 --no-hidden-input --own-times 0 \
+	$(PY) train_teacher.py --data data/dates --channels 2 --no-hidden-input --stagger 0 \
 	  --iters 2500 --batch 64 --decay 0.9
 	$(PY) distill.py $D/teacher --method lagrangian --iters 600 --decay 0.9
 	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1

@@ -42,10 +42,10 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 # ours, for minutes on a CPU: copies of the teacher's own way, more rows at (0, 1), higher rates
 LAPTOP = dict(
     method='rollout', diagonal=0.25, boundary=0.5, given=0.6, dropout=0.0, row_noise=True,
-    iters=300, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
-    ema=0.999, eval_every=150)
+    iters=220, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
+    ema=0.999, eval_every=110)
 # score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam
-LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4}
+LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4, 'iters': 300, 'eval_every': 150}
 
 # FMLM, arXiv:2602.16813
 PAPER = dict(
@@ -60,7 +60,7 @@ PAPER_SCORE = {
 PAPER_MASKED = {
     **PAPER, 'iters': 70_000, 'batch': 128, 'lr': 6e-5, 'beta2': 0.999, 'warmup': 500,
     'rounds': 7, 'fewest': 8}
-LAPTOP_MASKED = {**LAPTOP, 'rounds': 4, 'fewest': 4}
+LAPTOP_MASKED = {**LAPTOP, 'iters': 700, 'eval_every': 350, 'rounds': 4, 'fewest': 4}
 
 PRESETS = {
     ('laptop', 'flow map'): LAPTOP,
@@ -93,7 +93,7 @@ def parse(argv=None):
     add('--boundary', type=share, help='flow: of the others, share at (s, t) = (0, 1)')
     add('--leg', type=share, default=0.1,
         help="flow: length of the teacher's leg, as a share of t - s (lagrangian, eulerian)")
-    add('--rollout', type=positive, default=8, help="flow: the teacher's calls that are copied")
+    add('--rollout', type=positive, default=16, help="flow: the teacher's calls that are copied")
     # score distillation
     add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
     add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')

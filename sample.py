@@ -40,11 +40,13 @@ TEACHER_CALLS = 64
 # rows of a health line under --compare: fewer would not tell the models apart
 COMPARED_ROWS = 256
 
-# rows of a frame of --watch and --film; columns of a film, and the height of its lines in pixels
+# rows of a frame of --watch and --film; most columns of a film, and its pixels for a line and a
+# character
 FRAME_ROWS = 8
 FILM_ROWS = 6
-FILM_COLUMNS = 60
+FILM_COLUMNS = 90
 FILM_LINE = 21
+FILM_CHARACTER = 8
 
 # in --infill; it takes the space before it along, as tokens do: else that would be one of its own
 HOLE = r' ?(?<!\\)_'
@@ -513,10 +515,13 @@ def film(many, few, names):
     written after its few; names: of the two. Returns the text of the file.
     """
     result = few[-1][:FILM_ROWS]
+    longest = max(len(text) for texts in [*many, result] for text in texts)
+    # the title needs some
+    width = FILM_CHARACTER * min(FILM_COLUMNS, max(longest, 55)) + 24
     height = FILM_LINE * (2 * len(result) + 5)
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 {height}" '
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              'font-family="monospace" font-size="13" fill="#e6edf3">',
-             f'<rect width="500" height="{height}" rx="8" fill="#161b22"/>']
+             f'<rect width="{width}" height="{height}" rx="8" fill="#161b22"/>']
     last = len(many) - 1
     for i, texts in enumerate(many):
         # from when to when a frame is seen, as shares of ten seconds; the last one stays for two

@@ -108,6 +108,9 @@ def timed_model(text):
         raise argparse.ArgumentTypeError(f'{text[:40]!r}: a sampler makes at least one call')
     size = untrained_size(name)
     if size is None:
+        if ',' in name and not os.path.exists(name):
+            raise argparse.ArgumentTypeError(
+                f'{text[:40]!r} is no checkpoint; sizes are KIND,L,V,D, as student,32,2048,128')
         return text
     kind, shape = size
     check_shape(*shape)

@@ -681,7 +681,7 @@ HUB = {     # tokenizer, length, documents held out, where
     'lm1b': ('gpt2', 128, 306_688, dict(path='billion-word-benchmark/lm1b', revision=PARQUET)),
     'owt': ('gpt2', 1024, 100_000, dict(path='Skylion007/openwebtext')),
     'shakespeare': ('bpe:2048', 32, 0, dict(path='karpathy/tiny_shakespeare', revision=PARQUET)),
-    'qqp': ('bpe:2048', 32, 0, dict(path='nyu-mll/glue', name='qqp')),      # asked on Quora
+    'qqp': ('bpe:2048', 40, 0, dict(path='nyu-mll/glue', name='qqp')),      # asked on Quora
     'tinystories': ('bpe:4096', 128, 21_990, dict(path='roneneldan/TinyStories')),
     'wikitext': ('gpt2', 128, 3_760, dict(path='Salesforce/wikitext', name='wikitext-103-raw-v1',
                                           split='train+validation')),

@@ -1370,7 +1370,7 @@ def test_gamma_adds_as_much_noise_as_keeps_the_law(gamma, stagger):
 
 @torch.no_grad()
 def test_times_of_tokens_that_are_written_one_after_the_other():
-    """A prompt that is waited for, a token that never starts or ends, or the paper's flow changed."""
+    """A prompt that is waited for, a token that never starts or ends; the paper's flow changed."""
     given = torch.tensor([[-1, -1, -1, -1, -1, -1], [3, 3, -1, -1, -1, 3], [3, 3, 3, 3, -1, 3]])
     tau = torch.tensor([.5])
     # halves of the row's time: the first token is written in the first one
@@ -4736,6 +4736,12 @@ def test_figures_that_cannot_be_written_are_refused_first(text, capsys, no_sampl
     assert 'cannot be written' in bench_refused(capsys, *what.split(), '--out', 'file/q.json')
 
 
+def test_sizes_that_are_none_are_not_taken_for_a_file(here, capsys):
+    """A size of three numbers too few, and advice to train a model of that name."""
+    for line in ('student,8,16', 'gpt,8,16,8@4'):
+        assert 'sizes are KIND,L,V,D' in bench_refused(capsys, 'speed', line)
+
+
 @pytest.mark.parametrize('line', [
     '', 'nonsense', 'quality no.pt', 'quality', 'quality m.pt --rows 0', 'quality m.pt --rows 1',
     'quality m.pt --nfe x', 'quality m.pt --nfe 0', 'quality m.pt --gamma 2', 'speed no.pt',
@@ -5205,7 +5211,7 @@ COLUMNS = {
 
 
 def tables_of(path):
-    """(name of the file of figures, column names, rows of cells) of a page's tables that name one."""
+    """Tables that name a file of figures: [(its name, names of columns, rows of cells)]."""
     tables = []
     for line in path.read_text(encoding='utf-8').split('\n'):
         cells = [cell.strip() for cell in line.strip('|').split('|')]

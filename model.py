@@ -368,6 +368,8 @@ class OneHotFlow(Model):
         before it (AR-Diffusion, arXiv:2305.09515). At 0 all are at the row's tau, as in the paper.
         """
         w = self.config.stagger
+        if w == 0:
+            return tau[:, None].expand(given.shape)
         written = given < 0
         place = written.cumsum(1) - 1  # among those to be written: 0, 1, ...
         last = (written.sum(1, keepdim=True) - 1).clamp(min=1)

@@ -1386,7 +1386,6 @@ def test_times_of_tokens_that_are_written_one_after_the_other():
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_a_written_token_stays_and_a_waiting_one_too():
     """A token that is moved before its time, or after it, where 1 - t is 0."""
     flow = tiny(stagger=3.)

@@ -409,27 +409,35 @@ class MaskedDistillation:
 # -----------------------------------------------------------------------------
 # Part 4. ours: what no paper has. What is measured of it: assets/ablations.md
 
+def in_steps(flow, guess, h, given, s, t, calls):
+    """delta_{s,t}(h) in so many steps from s to t, each along guess(h, now, then): (B, L, V)."""
+    target = torch.zeros(())
+    for i in range(calls):
+        now = s + (t - s) * i / calls
+        then = s + (t - s) * (i + 1) / calls
+        p = guess(h, now, then).softmax(-1)
+        # a weighted mean of the p along the way; of a jump to t = 1 only the last one counts
+        target = two_legs(flow, target, p, given, s, now, then)
+        h = flow.jump(h, p, given, now, then)
+    return target
+
+
 def rollout_target(student, teacher, h, given, s, t, o):
     """
     ours: delta_{s,t}(h) as the teacher finds it in o.rollout Euler steps from s to t: (B, L, V).
     A student taught by jumps of its own may drift off its teacher; this one cannot.
     """
-    target = torch.zeros(())
-    for i in range(o.rollout):
-        now = s + (t - s) * i / o.rollout
-        then = s + (t - s) * (i + 1) / o.rollout
-        p = teacher.predict(h, given, now).softmax(-1)
-        # a weighted mean of the p along the way; of a jump to t = 1 only the last one counts
-        target = two_legs(student, target, p, given, s, now, then)
-        h = student.jump(h, p, given, now, then)
-    return target
+    def guess(h, now, then):
+        return teacher.predict(h, given, now)
+
+    return in_steps(student, guess, h, given, s, t, o.rollout)
 
 
 class Refine:
     """
-    ours: the loss of a copy of a student, the guide: one call is to do what the guide and a look of
-    the teacher do. Between two texts a student that learns from itself goes on mixing; the guide
-    does not move, so the text that it prefers can be learnt.
+    ours: the loss of a copy of a student, the guide: one call is to do what the guide does in four,
+    or, of a diffusion, the guide and its teacher. Between two texts a student that learns from
+    itself goes on mixing; the guide does not move, so the text that it prefers can be learnt.
     """
 
     def __init__(self, student, guide, teacher, o):
@@ -476,9 +484,12 @@ class Refine:
         return torch.stack(tries)[hardest, torch.arange(len(given), device=given.device)]
 
     def flow_target(self, h, given):
-        """The guide jumps nearly all the way, and the teacher looks."""
+        """The text that the guide writes in four jumps."""
+        def guess(h, now, then):
+            return self.guide.predict(h, given, now, then)
+
         s = torch.zeros_like(h[:, 0, 0])
-        return lagrangian_target(self.guide, self.teacher, h, given, s, s + 1, self.o)
+        return in_steps(self.guide, guess, h, given, s, s + 1, 4)
 
     def diffusion_target(self, h, given, rng):
         """

@@ -27,13 +27,14 @@ lint: .venv
 data/%: | .venv
 	$(PY) prepare_data.py $*
 
-# the weights in assets/ are from here: a flow map, then a round in which a frozen student teaches a
-# copy of itself one call
+# the weights in assets/ are from here: a flow map, then two rounds in which a frozen student teaches
+# a copy of itself one call
 S = out/stories
 stories: data/stories
 	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2400 --eval-every 800
 	$(PY) distill.py $S/teacher --iters 300 --eval-every 150
-	$(PY) distill.py $S/teacher --guide $S/student --out $S/one-call --iters 250 --eval-every 125
+	$(PY) distill.py $S/teacher --guide $S/student --out $S/one-call-1 --iters 250 --eval-every 125
+	$(PY) distill.py $S/teacher --guide $S/one-call-1 --out $S/one-call --iters 250 --eval-every 125
 	$(PY) bench.py quality $S/teacher $S/student $S/one-call --nfe 1 2 4 8 32 --seeds 2 \
 	  --out assets/stories.json
 
@@ -52,7 +53,6 @@ short: data/stories
 weights:
 	$(PY) sample.py out/stories/one-call --export assets/stories-one-call.pt --overwrite
 	$(PY) sample.py out/stories/teacher --export assets/stories-teacher.pt --overwrite
-	$(PY) sample.py out/dates/teacher --export assets/dates-teacher.pt --overwrite
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt --overwrite
 	cd assets && sha256sum *.pt > SHA256SUMS
 

@@ -5193,6 +5193,7 @@ SYSTEMS = {
     'dates-diffuseq': {
         'DiffuSeq teacher, ddim': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student',
         'the same, refined (ours)': 'diffuseq/one-call'},
+    'qqp': {'DiffuSeq teacher': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student'},
     'speed': {
         'student': 'student,32,2048,128', 'FLM teacher': 'flm,32,2048,128',
         'MDLM': 'mdlm,32,2048,128', 'AR, with a cache': 'ar,32,2048,128',

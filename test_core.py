@@ -2683,7 +2683,8 @@ def test_overfit_a_dozen_rows_in_one_call(dozen):
     fast = ('--lr', 4e-3, '--muon-lr', .03)
 
     run_main(train_teacher, '--data', dozen / 'data', '--out', dozen / 'teacher', '--iters', 300,
-        '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2, '--axis', 'paper', *often)
+        '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2, '--axis', 'paper',
+        '--stagger', 0, *often)
     run_main(distill, dozen / 'teacher', '--iters', 150, '--rollout', 4, *fast, *often)
     run_main(distill, dozen / 'teacher', '--guide', dozen / 'student', '--iters', 200, *fast,
              *often)

@@ -87,8 +87,7 @@ qqp: data/qqp
 	$(PY) train_teacher.py --data data/qqp --model diffuseq --channels 64 --iters 5000 \
 	  --eval-every 1000
 	$(PY) distill.py $K/teacher --iters 400 --eval-every 100 --decay 0.9
-	$(PY) train_teacher.py --data data/qqp --model ar --iters 1500
-	$(PY) bench.py quality $K/teacher $K/student --nfe 1 10 50 2000 --rows 100 --out assets/qqp.json
+	$(PY) bench.py quality $K/teacher $K/student --nfe 1 10 50 --rows 100 --out assets/qqp.json
 
 speed: .venv
 	$(PY) bench.py speed student,32,2048,128@1,4 flm,32,2048,128@8,64 mdlm,32,2048,128@8,64 \

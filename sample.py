@@ -515,9 +515,11 @@ def film(many, few, names):
     written after its few; names: of the two. Returns the text of the file.
     """
     result = few[-1][:FILM_ROWS]
-    longest = max(len(text) for texts in [*many, result] for text in texts)
-    # the title needs some
-    width = FILM_CHARACTER * min(FILM_COLUMNS, max(longest, 55)) + 24
+    # as wide as its longest text; the title needs 55 columns
+    longest = 55
+    for texts in [*many, result]:
+        longest = max(longest, *map(len, texts))
+    width = FILM_CHARACTER * min(FILM_COLUMNS, longest) + 24
     height = FILM_LINE * (2 * len(result) + 5)
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              'font-family="monospace" font-size="13" fill="#e6edf3">',

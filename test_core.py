@@ -1,6 +1,7 @@
 """Everything that can silently go wrong, on a CPU: each docstring names the bug that it catches."""
 import ast
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -1078,7 +1079,8 @@ def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
     given = torch.where(torch.arange(6) < 1, 0, nothing_given(2))
     flow.refit_axis(torch.zeros(2, 6).long(), given, seed=0)
 
-    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-2)
+    # the last of the 33 times is measured a little before it
+    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=8e-3)
     assert (flow.taus.diff() > 0).all()
     assert flow.taus[0] == 0
     assert flow.taus[-1] == 1
@@ -5051,13 +5053,18 @@ HERE = Path(__file__).parent
 PAGE = (HERE / 'README.md').read_text(encoding='utf-8')
 
 
+def cells_of(line):
+    """What stands in a table's line."""
+    return [cell.strip() for cell in line.strip('|').split('|')]
+
+
 def page_table(title):
     """Rows of the page's table under a heading, by their first cell: {cell: [other cells]}."""
     part = PAGE.split(f'## {title}\n')[1].split('\n## ')[0]
     rows = {}
     for line in part.split('\n'):
         if line.startswith('| ') and not line.startswith('|---'):
-            first, *others = [cell.strip() for cell in line.strip('|').split('|')]
+            first, *others = cells_of(line)
             rows[first] = others
     return rows
 
@@ -5183,8 +5190,7 @@ def test_the_page_says_what_the_presets_are():
 SYSTEMS = {
     'stories-short': {
         'FLM teacher': 'flow/teacher', 'FMLM student': 'flow/student', 'MDLM': 'mdlm/teacher',
-        'MDLM, distilled by SDTT': 'mdlm/sdtt', 'AR, with a cache': 'ar/teacher',
-        'held-out text': 'held-out text'},
+        'MDLM, distilled by SDTT': 'mdlm/sdtt', 'AR, with a cache': 'ar/teacher'},
     'stories': {
         'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student',
         'the same, refined (ours)': 'stories/one-call'},
@@ -5207,8 +5213,7 @@ COLUMNS = {
     'slot entropy': ('slot_entropy', '{:.3f}'), 'form entropy': ('form_entropy', '{:.3f}'),
     'ms a row': ('ms_per_row', '{:.1f}'), 'BLEU': ('bleu', '{:.3f}'),
     'ROUGE-L': ('rouge_l', '{:.3f}'), 'dist-1': ('dist1', '{:.3f}'),
-    'self-BLEU': ('self_bleu', '{:.3f}'), 'div-4': ('div4', '{:.3f}'), 'js1': ('js1', '{:.3f}'),
-    'js2': ('js2', '{:.3f}'), 'energy': ('energy', '{:.4f}'), 'words': ('words', '{:.2f}'),
+    'words': ('words', '{:.2f}'),
 }
 
 
@@ -5216,7 +5221,7 @@ def tables_of(path):
     """Tables that name a file of figures: [(its name, names of columns, rows of cells)]."""
     tables = []
     for line in path.read_text(encoding='utf-8').split('\n'):
-        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        cells = cells_of(line)
         named = re.match(r'\| \[.*\]\((?:assets/)?([\w-]+)\.json\) \|', line)
         if named:
             tables.append((named[1], cells[1:], []))
@@ -5228,11 +5233,16 @@ def tables_of(path):
     return [table for table in tables if table[0]]
 
 
+@functools.cache
+def runs_of(name):
+    """The lines of a file of figures, read once for the hundreds of cells that are compared."""
+    return json.loads((HERE / 'assets' / f'{name}.json').read_text())['runs']
+
+
 def measured(name, system, calls, batch=None):
     """Means over seeds of what a file of figures says of a model and its number of calls."""
-    figures = json.loads((HERE / 'assets' / f'{name}.json').read_text())
-    for run in figures['runs']:
-        end = SYSTEMS[name][system]
+    end = SYSTEMS[name][system]
+    for run in runs_of(name):
         right_batch = batch is None or run['seeds'][0].get('batch') == batch
         if run['model'].endswith(end) and str(run['nfe']) == calls and right_batch:
             return {key: mean for key, (mean, _) in bench.summary(run['seeds']).items()}

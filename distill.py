@@ -30,11 +30,10 @@ import torch.nn.functional as F
 from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, draw, fail,
                    first_leg_weight, generator, is_student, load, newest_checkpoints, row_mean,
                    save, share_of, without_specials, write_rows)
-from prepare_data import (Parser, as_rows, count, health, load_dataset, positive, rate, run_script,
-                          share, to_texts)
+from prepare_data import Parser, count, health, load_dataset, positive, rate, run_script, share
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
                            even_times, get_batch, make_optimisers, parts_of, preset_adder,
-                           restore, set_parts, start_processes, update)
+                           restore, set_parts, start_processes, to_sample, update)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -816,12 +815,9 @@ def advice(o, out, it, meta, val):
     """What to run next, for a shell."""
     if it < o.iters:
         return f'stopped at iteration {it}; the same command with --resume goes on'
-    words = ['python', 'sample.py', str(out), '--compare', o.teacher]
+    words = [*to_sample(out, meta, val), '--compare', o.teacher]
     if o.stage == 'masked':
         words += ['--nfe', str(o.fewest)]
-    if meta['pairs']:
-        source, _ = to_texts(as_rows(val[:meta['length']], meta['length']), meta)[0]
-        words += ['--source', source]
     return 'next: ' + shlex.join(words)
 
 

@@ -3325,7 +3325,7 @@ def test_advice_of_a_teacher_runs(dozen, tmp_path, monkeypatch, capfd, kind, scr
 
     words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
     if script is None:
-        assert words == ['python', 'sample.py', 'my out/teacher']
+        assert words == ['python', 'sample.py', 'my out/teacher', '--source', '1987-03-23']
         return
     assert words[:2] == ['python', 'distill.py']
     run_main(script, *words[2:], '--batch', 4, '--iters', 1)
@@ -3339,8 +3339,8 @@ def test_advice_of_a_student_names_what_there_is(small, tmp_path, monkeypatch, c
     run_main(distill, small / 'flow/teacher', '--batch', 4, '--iters', 1, '--out', 'my out')
 
     words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
-    assert words == ['python', 'sample.py', 'my out', '--compare',
-                     str(small / 'flow/teacher/model.pt'), '--source', '1987-03-23']
+    assert words == ['python', 'sample.py', 'my out', '--source', '1987-03-23', '--compare',
+                     str(small / 'flow/teacher/model.pt')]
 
 
 # -----------------------------------------------------------------------------
@@ -5044,6 +5044,104 @@ def test_a_picture_has_a_line_for_each_model_and_each_teachers_axis(text):
     assert drawn.count('<!-- t.pt -->') == 3
     assert drawn.count('<!-- s.pt -->') == 2
     assert '<!-- held-out text -->' not in drawn
+
+
+# =============================================================================
+# What the scripts advise: every command that one of them prints is run here
+
+SCRIPTS = {'prepare_data.py': prepare_data, 'train_teacher.py': train_teacher,
+           'distill.py': distill, 'sample.py': sample, 'bench.py': bench}
+# what makes a matter of seconds of each
+QUICK = {'train_teacher.py': (*SMALL, '--iters', 1), 'distill.py': ('--batch', 4, '--iters', 1),
+         'bench.py': ('--only', 'call')}
+
+# the function that prints a command, and a command line that makes it do so
+ADVISED = [
+    ('prepare_data.load_dataset', "train_teacher.py --data 'my text.txt'"),
+    ('prepare_data.command_for', "train_teacher.py --data 'my data/dates'"),
+    ('prepare_data.command_for', 'train_teacher.py --data data/damaged'),
+    ('prepare_data.newest_dataset', 'train_teacher.py'),
+    ('prepare_data.check', "prepare_data.py stories --input 'my text.txt' 'my text.txt'"),
+    ('prepare_data.main', "prepare_data.py mine --input 'my text.txt' --length 8"),
+    ('prepare_data.main', "prepare_data.py mine --input 'my text.txt' --length 8 --data 'my data'"),
+    ('train_teacher.advice', "train_teacher.py --data '{dozen}/data' --out 'my out/teacher'"),
+    ('train_teacher.advice', "train_teacher.py --data '{dozen}/data' --model diffuseq"),
+    ('train_teacher.to_sample', "train_teacher.py --data '{dozen}/data' --model mdlm"),
+    ('train_teacher.to_sample', "train_teacher.py --data '{plain}/data' --model ar"),
+    ('distill.find_teacher', 'distill.py --data {dozen}/data'),
+    ('distill.load_teacher', 'distill.py {small}/ar/teacher'),
+    ('train_teacher.to_sample', "distill.py {small}/flow/teacher --out 'my out'"),
+    ('train_teacher.to_sample', 'distill.py {small}/diffuseq/teacher --out new'),
+    ('train_teacher.to_sample', 'distill.py {small}/mdlm/teacher --out new --rounds 1'),
+    ('bench.newest_pair', 'bench.py quality'),
+    ('bench.check_scorer',
+     'bench.py quality {plain}/teacher --rows 2 --scorer {plain}/teacher'),
+    ('bench.gpu', 'bench.py gpu --device cpu'),
+    ('model.load', 'sample.py missing'),
+]
+def run_line(capfd, line, more=()):
+    """Run a command line without its `python`: (exit status, all that it printed)."""
+    name, *words = shlex.split(line)
+    script = SCRIPTS[name]
+    words = [str(word) for word in (*words, *more)]
+    status = 0
+    try:
+        script.main(words if script is prepare_data else script.parse(words))
+    except SystemExit as end:
+        status = end.code or 0
+    out, err = capfd.readouterr()
+    return status, out + err
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    """A flow of texts without a source."""
+    folder = tmp_path_factory.mktemp('plain')
+    small_dataset(folder / 'data')
+    run_main(train_teacher, '--data', folder / 'data', '--out', folder / 'teacher', *SMALL,
+             '--iters', 1)
+    return folder
+
+
+@pytest.mark.parametrize('where, line', ADVISED)
+def test_what_is_advised_runs(
+        dozen, small, plain, tmp_path, monkeypatch, capfd, where, line):
+    """Advice that is refused itself, or a name with a space that is not quoted."""
+    monkeypatch.chdir(tmp_path)
+    Path('my text.txt').write_text('Some words of mine, one after the other. ' * 400)
+    if where == 'prepare_data.command_for':
+        Path('data/damaged').mkdir(parents=True)
+        Path('data/damaged/meta.json').write_text('{')
+    elif where != 'prepare_data.newest_dataset':
+        shutil.copytree(dozen / 'data', 'data/dozen')
+    line = line.format(dozen=dozen, small=small, plain=plain)
+
+    # a line that is refused prints the advice at once, one that runs has to be quick
+    _, said = run_line(capfd, line, () if 'bench' in line else QUICK.get(line.split()[0], ()))
+
+    advice = re.search(r'python (\S+\.py\b.*)\n$', said)[1]
+    if where == 'bench.newest_pair':
+        # what can be distilled is what its reader has to make first
+        run_main(train_teacher, *SMALL, '--iters', 1)
+    status, said = run_line(capfd, advice, QUICK.get(advice.split()[0], ()))
+    assert status == 0, (advice, said)
+
+
+def test_every_advice_is_in_the_table():
+    """A command that is printed, but that nobody has ever run."""
+    found = set()
+    for script in (*SCRIPTS.values(), models):
+        for function in ast.walk(ast.parse(Path(script.__file__).read_text(encoding='utf-8'))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            description = ast.get_docstring(function, clean=False)
+            for node in ast.walk(function):
+                text = getattr(node, 'value', None) if isinstance(node, ast.Constant) else None
+                if isinstance(text, str) and text != description and 'python' in text.split():
+                    found.add(f'{script.__name__}.{function.name}')
+
+    # what bench.parse holds is what it was called by, for its file of figures
+    assert found - {'bench.parse'} == {where for where, _ in ADVISED}
 
 
 # =============================================================================

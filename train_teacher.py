@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 
 from model import Config, autocast, build, fail, generator, load, pick_device, save
-from prepare_data import Parser, count, load_dataset, newest_dataset, positive, rate, run_script
+from prepare_data import (Parser, as_rows, count, load_dataset, newest_dataset, positive, rate,
+                          run_script, to_texts)
 from prepare_data import share as share_type
 
 # -----------------------------------------------------------------------------
@@ -600,12 +601,24 @@ def set_up(o, meta, out, device):
     return model, ema, optimisers, ckpt['iter'], ckpt['bins']
 
 
-def advice(o, out, it):
+def to_sample(out, meta, val):
+    """The words of a command that writes with a model: one of pairs needs a source."""
+    words = ['python', 'sample.py', str(out)]
+    if meta['pairs']:
+        source, _ = to_texts(as_rows(val[:meta['length']], meta['length']), meta)[0]
+        words += ['--source', source]
+    return words
+
+
+def advice(o, out, it, meta, val):
     """What to run next, for a shell."""
     if it < o.iters:
         return f'stopped at iteration {it}; the same command with --resume goes on'
-    script = 'distill.py' if o.model in ('flm', 'diffuseq') else 'sample.py'
-    return 'next: ' + shlex.join(['python', script, str(out)])
+    if o.model in ('flm', 'diffuseq'):
+        words = ['python', 'distill.py', str(out)]
+    else:
+        words = to_sample(out, meta, val)
+    return 'next: ' + shlex.join(words)
 
 
 def main(o):
@@ -664,7 +677,7 @@ def main(o):
         log.progress(it + 1, bins.loss)
 
     print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(advice(o, out, it))
+    print(advice(o, out, it, meta, val))
 
 
 if __name__ == '__main__':

@@ -40,17 +40,17 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 
 # ours, for minutes on a CPU: copies of the teacher's own way, more rows at (0, 1), higher rates
 LAPTOP = dict(
-    method='rollout', diagonal=0.25, boundary=0.5, given=0.6, dropout=0.0, row_noise=True,
-    iters=220, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
-    ema=0.999, eval_every=110)
+    method='rollout', lessons=6000, diagonal=0.25, boundary=0.5, given=0.6, dropout=0.0,
+    row_noise=True, iters=220, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0,
+    warmup=50, decay=0.6, ema=0.999, eval_every=110)
 # score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam
 LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4, 'iters': 300, 'eval_every': 150}
 
 # FMLM, arXiv:2602.16813
 PAPER = dict(
-    method='semigroup', diagonal=0.5, boundary=1 / 32, given=0.0, dropout=0.1, row_noise=False,
-    iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95, clip=1.0, warmup=2500,
-    decay=0.0, ema=0.9999, eval_every=5000)
+    method='semigroup', lessons=0, diagonal=0.5, boundary=1 / 32, given=0.0, dropout=0.1,
+    row_noise=False, iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95, clip=1.0,
+    warmup=2500, decay=0.0, ema=0.9999, eval_every=5000)
 # SiD, arXiv:2404.04057, on a teacher of DiffuSeq's; DLM-One's number of iterations is not known
 PAPER_SCORE = {
     **PAPER, 'dropout': 0.0, 'iters': 50_000, 'lr': 1e-5, 'beta2': 0.999, 'clip': 0.0, 'warmup': 0}
@@ -93,6 +93,8 @@ def parse(argv=None):
     add('--leg', type=share, default=0.1,
         help="flow: length of the teacher's leg, as a share of t - s (lagrangian, eulerian)")
     add('--rollout', type=positive, default=16, help="flow: the teacher's calls that are copied")
+    add('--lessons', type=count,
+        help='rollout: jumps that are kept and learnt again and again; 0: always new ones')
     # score distillation
     add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
     add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
@@ -198,6 +200,36 @@ def eulerian_target(student, teacher, h, given, s, t, o):
     return two_legs(student, first, last, given, s, u, t)
 
 
+class Lessons:
+    """
+    ours: jumps with the target that the teacher has found for them. They are kept, and learnt many
+    times over: the teacher needs sixteen calls for one, learning it takes the time of three
+    (arXiv:2101.02388, of images).
+    """
+
+    def __init__(self, most):
+        self.most = most
+        self.number = 0
+        self.kept = []  # h, given, s, t, kind, target, each (most, ...)
+
+    def full(self):
+        return self.number >= self.most
+
+    def add(self, jumps):
+        """Keep some jumps, each given by one row of several tensors, as far as there is room."""
+        if not self.kept:
+            self.kept = [x.new_empty(self.most, *x.shape[1:]) for x in jumps]
+        end = min(self.most, self.number + len(jumps[0]))
+        for kept, x in zip(self.kept, jumps):
+            kept[self.number:end] = x[:end - self.number]
+        self.number = end
+
+    def draw(self, n, rng):
+        """Any n of those kept."""
+        rows = torch.randint(self.number, (n,), generator=rng, device=self.kept[0].device)
+        return [x[rows] for x in self.kept]
+
+
 class FlowMap:
     """The loss of a flow's student."""
 
@@ -208,33 +240,55 @@ class FlowMap:
         targets = {'semigroup': semigroup_target, 'lagrangian': lagrangian_target,
                    'eulerian': eulerian_target, 'rollout': rollout_target}
         self.target = targets[o.method]
+        # each part of a batch has its own, so the method does not depend on the number of processes
+        most = o.lessons // o.parts if o.method == 'rollout' else 0
+        self.lessons = [Lessons(most) for _ in range(o.parts)]
 
     def times(self, n, cpu):
-        return time_pairs(n, self.o.diagonal, self.o.boundary, cpu)
+        """s, t and kind of each row, and which part of the batch it is in: (n,) each."""
+        return *time_pairs(n, self.o.diagonal, self.o.boundary, cpu), torch.arange(n) % self.o.parts
 
     def __call__(self, tokens, given, times, rng):
         """
         Cross-entropy of delta_{s,t} under what it should be, for tokens and given (B, L) -> mean
         in nats, and what to log: for each kind of row sum and number.
         """
-        s, t, kind = times
-        # rows come sorted by kind; counted on the CPU, so that no GPU is waited for
-        sizes = torch.bincount(kind, minlength=3).tolist()
-        s = s.to(tokens.device)
-        t = t.to(tokens.device)
-        h = self.student.corrupt(tokens, given, s, rng)
-        still = sizes[0]
-        with torch.no_grad():
-            # at s = t the student is the teacher
-            target = [self.teacher.predict(h[:still], given[:still], s[:still]).softmax(-1)]
-            if still < len(h):
-                target.append(self.target(self.student, self.teacher, h[still:], given[still:],
-                                          s[still:], t[still:], self.o))
-        losses = self.student.predict(h, given, s, t, torch.cat(target))  # (B,)
+        h, given, s, t, kind, target = self.rows(tokens, given, times, rng)
+        losses = self.student.predict(h, given, s, t, target)  # (B,)
         seen = {}
-        for name, part in zip(('diagonal', 'all_the_way', 'between'), losses.split(sizes)):
-            seen[name] = sum_and_number(part)
+        for i, name in enumerate(('diagonal', 'all_the_way', 'between')):
+            here = kind == i
+            seen[name] = torch.stack([(losses.detach() * here).sum(), here.sum()])
         return losses.mean(), seen
+
+    @torch.no_grad()
+    def rows(self, tokens, given, times, rng):
+        """What is to be learnt: h, given, s, t, kind and target, each (B, ...)."""
+        s, t, kind, part = times
+        # rows come sorted by kind; counted on the CPU, so that no GPU is waited for
+        still = int((kind == 0).sum())
+        lessons = self.lessons[part[0]]
+        s, t, kind = [x.to(tokens.device) for x in (s, t, kind)]
+        rows = [self.student.corrupt(tokens, given, s, rng), given, s, t, kind]
+        # at s = t the student is the teacher
+        learnt = [x[:still] for x in rows]
+        learnt.append(self.teacher.predict(*learnt[:3]).softmax(-1))
+        if still == len(s):
+            return learnt
+        jumps = self.answered([x[still:] for x in rows], lessons, rng)
+        return [torch.cat(both) for both in zip(learnt, jumps)]
+
+    def answered(self, jumps, lessons, rng):
+        """The jumps with their targets, or in place of them as many lessons, if any are kept."""
+        n = len(jumps[0])
+        if lessons.most and lessons.full():
+            return lessons.draw(n, rng)
+        target = self.target(self.student, self.teacher, *jumps[:4], self.o)
+        if lessons.most == 0:
+            return [*jumps, target]
+        # half precision is enough for probabilities
+        lessons.add([*jumps, target.half()])
+        return lessons.draw(n, rng)
 
 
 def sum_and_number(x):
@@ -615,6 +669,15 @@ def more_parts(o, meta, device):
         o.parts *= 2
 
 
+def fit_lessons(o, meta, rank):
+    """Keep no lessons if their targets (L, V), of two bytes a number, would take more than 2 GB."""
+    size = o.lessons * meta['length'] * meta['vocab'] * 2
+    if size > 2 ** 31:
+        if rank == 0:
+            print(f'--lessons: {o.lessons:,} would take {size / 2 ** 30:.0f} GB; so none is kept')
+        o.lessons = 0
+
+
 def measure(model, given, meta, o, it, log):
     """Samples at 4, 2 and 1 calls for given (n, L), described in the log -> quality of one call."""
     for nfe in (4, 2, 1):
@@ -726,6 +789,8 @@ def prepare(o):
         fail('--parts: score distillation takes as many as there are processes; leave it out')
     if o.stage != 'score' and automatic:
         more_parts(o, meta, device)
+    if o.stage == 'flow map':
+        fit_lessons(o, meta, rank)
     parents = {'teacher': {'path': o.teacher, 'crc': zlib.crc32(path.read_bytes()),
                            'options': teacher_ckpt['options']}}
     if o.guide:
@@ -739,6 +804,24 @@ def prepare(o):
     ckpt = check_out(out, o, meta, **parents)
     about = dict(meta=meta, options=vars(o), **parents)
     return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)
+
+
+def batch_of(it, stage, o, run):
+    """What an iteration is to learn from: tokens and given (B, L), and times for each row."""
+    cpu = generator('cpu', o.seed, it, 0)
+    tokens, given, _ = get_batch(run.train, run.about['meta'], o.batch, o.given, cpu, run.device)
+    return tokens, given, stage.times(o.batch, cpu)
+
+
+def make_lessons_again(stage, start, o, run):
+    """Of a run that goes on: the lessons that it had, from the same rows and noise."""
+    it = 0
+    while it < start and not all(lessons.full() for lessons in stage.lessons):
+        tokens, given, times = batch_of(it, stage, o, run)
+        for rows, rng in parts_of(o, it, run.rank, run.world, run.device):
+            with autocast(run.device):
+                stage.rows(tokens[rows], given[rows], [x[rows] for x in times], rng)
+        it += 1
 
 
 def write_checkpoint(run, it, modules, best, optimisers, means):
@@ -765,6 +848,8 @@ def main(o):
         restore(run.ckpt, modules, optimisers)
         start = run.ckpt['iter']
         means = Means(run.ckpt['means'])
+    if o.stage == 'flow map':
+        make_lessons_again(stage, start, o, run)
     best = Best(ema, o, run.ckpt)
     compile_on_gpu(o, run.device, [student, run.guide, run.teacher])
     log = Log(run.out, o.iters, start, o.batch * meta['length'])
@@ -799,9 +884,7 @@ def main(o):
         # batch, forward and backward, step
         if o.stage == 'masked':
             stage.begin(it, ema)
-        cpu = generator('cpu', o.seed, it, 0)
-        tokens, given, _ = get_batch(run.train, meta, o.batch, o.given, cpu, run.device)
-        batch = tokens, given, stage.times(o.batch, cpu)
+        batch = batch_of(it, stage, o, run)
         backward(stage, student, batch, it, o, run, means)
         norm = update(student, ema, optimisers[:1] if o.stage == 'score' else optimisers, it, o)
         means.add({'norm': sum_and_number(norm[None])})

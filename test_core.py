@@ -1079,8 +1079,7 @@ def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
     given = torch.where(torch.arange(6) < 1, 0, nothing_given(2))
     flow.refit_axis(torch.zeros(2, 6).long(), given, seed=0)
 
-    # the last of the 33 times is measured a little before it
-    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=8e-3)
+    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
     assert (flow.taus.diff() > 0).all()
     assert flow.taus[0] == 0
     assert flow.taus[-1] == 1
@@ -1325,11 +1324,12 @@ def test_loss_of_a_flow_map_against_brute_force(diagonal, boundary):
     tokens = torch.randint(8, (8, 6))
     given = torch.where(torch.rand(8, 6) < .3, tokens, -1)
     o = options(distill, '--method', 'semigroup', '--diagonal', diagonal, '--boundary', boundary,
-                kind='flow map')
+                '--parts', 1, kind='flow map')
     stage = distill.FlowMap(student, teacher, o)
-    s, t, kind = stage.times(8, generator())
+    times = stage.times(8, generator())
+    s, t, kind, _ = times
 
-    loss, seen = stage(tokens, given, (s, t, kind), generator(1))
+    loss, seen = stage(tokens, given, times, generator(1))
 
     h = student.corrupt(tokens, given, s, generator(1))
     nats = torch.zeros(8)
@@ -1345,6 +1345,53 @@ def test_loss_of_a_flow_map_against_brute_force(diagonal, boundary):
     for i, name in enumerate(('diagonal', 'all_the_way', 'between')):
         assert torch.allclose(seen[name][0], nats[kind == i].sum(), atol=1e-4)
         assert seen[name][1] == (kind == i).sum()
+
+
+def test_lessons_are_kept_as_they_were_and_no_more_than_asked_for():
+    """Targets of other jumps, or a store that grows until memory is full."""
+    lessons = distill.Lessons(5)
+    for i in range(4):
+        jumps = torch.arange(2 * i, 2 * i + 2)
+        lessons.add([jumps, jumps[:, None] * torch.ones(3)])
+
+    number, row = lessons.draw(1000, generator())
+
+    assert set(number.tolist()) == {0, 1, 2, 3, 4}
+    assert torch.equal(row, number[:, None] * torch.ones(3))
+
+
+@torch.no_grad()
+def test_what_the_teacher_has_answered_is_learnt_again():
+    """A teacher that is asked for ever, or targets that are not those of their jumps."""
+    student = tiny(two_time=True)
+    teacher = tiny(seed=1)
+    tokens = torch.randint(8, (8, 6))
+    o = options(distill, '--lessons', 10, '--rollout', 2, '--parts', 1, kind='flow map')
+    stage = distill.FlowMap(student, teacher, o)
+    asked = []
+    rollout = stage.target
+    stage.target = lambda *words: asked.append(len(words[2])) or rollout(*words)
+
+    for it in range(5):
+        h, given, s, t, kind, target = stage.rows(
+            tokens, nothing_given(8), stage.times(8, generator(it)), generator(it))
+
+    # 6 jumps in a batch: after two batches all ten are kept
+    assert asked == [6, 6]
+    jumps = kind > 0
+    again = rollout(student, teacher, h[jumps], given[jumps], s[jumps], t[jumps], o)
+    assert torch.allclose(target[jumps], again, atol=1e-3)
+
+
+def test_lessons_that_memory_cannot_hold_are_not_kept(capsys):
+    """A laptop that swaps, on a vocabulary of 50,257."""
+    o = options(distill, '--lessons', 6000, kind='flow map')
+
+    distill.fit_lessons(o, {'length': 21, 'vocab': 109}, 0)
+    assert o.lessons == 6000
+    distill.fit_lessons(o, {'length': 128, 'vocab': 50261}, 0)
+    assert o.lessons == 0
+    assert '--lessons: 6,000 would take 72 GB' in capsys.readouterr().out
 
 
 @torch.no_grad()

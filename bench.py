@@ -1271,11 +1271,11 @@ def plot_quality(axes, lines, key, by_time):
             curves.setdefault(name, []).append((x, found[key][0]))
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points)), 'o-', label=name)
-    axes.set(xscale='log', xlabel='ms per row' if by_time else 'network calls', ylabel=key)
-    # labels between the powers of ten would overlap
-    axes.minorticks_off()
-    if curves:
-        axes.legend()
+    axes.set(xlabel='ms per row' if by_time else 'network calls', ylabel=key)
+    # 1, 2, 4, ...
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.grid(alpha=0.3)
 
 
 def flow_teachers(lines):
@@ -1311,6 +1311,8 @@ def picture(lines, path):
     key = shown_figure(lines)
     plot_quality(axes[0], lines, key, by_time=False)
     plot_quality(axes[1], lines, key, by_time=True)
+    # above both, where it hides no point
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper left')
     if teachers:
         plot_time_axes(axes[2], teachers)
     # without a date, so that equal figures give equal files

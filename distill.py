@@ -597,8 +597,8 @@ def load_same_data(o, ckpt):
     o.data = o.data or ckpt['options']['data']
     meta, train, val = load_dataset(o.data)
     if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
-        fail(f'{o.data} has another tokenizer or length than what the teacher was trained on '
-             f'({ckpt["meta"]["name"]}); name that folder by --data')
+        fail(f'{o.data} has another tokenizer or length than what the teacher was trained on; name '
+             'that folder by --data, or, if it was prepared anew, train a teacher anew')
     return meta, train, val
 
 

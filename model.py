@@ -947,6 +947,12 @@ def load(path, device='cpu'):
     path = checkpoint_path(path)
     # os.path.isfile is False where Path's own would raise, as of names that are too long
     if not os.path.isfile(path):
+        # out/stories was named, and out/stories/student is there
+        inside = []
+        if os.path.isdir(path.parent):
+            inside = [str(found.parent) for found in sorted(path.parent.glob('*/model.pt'))]
+        if inside:
+            fail(f'{path}: no such checkpoint; name one of these: {", ".join(inside)}')
         fail(f'{path}: no such checkpoint; make one: python train_teacher.py')
     try:
         # looks at all checksums: torch.load would not notice a flipped bit

@@ -3372,7 +3372,7 @@ def test_advice_of_a_teacher_runs(dozen, tmp_path, monkeypatch, capfd, kind, scr
 
     words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
     if script is None:
-        assert words == ['python', 'sample.py', 'my out/teacher', '--source', '1987-03-23']
+        assert words == ['python', 'sample.py', 'my out/teacher', '--source=1987-03-23']
         return
     assert words[:2] == ['python', 'distill.py']
     run_main(script, *words[2:], '--batch', 4, '--iters', 1)
@@ -3386,8 +3386,39 @@ def test_advice_of_a_student_names_what_there_is(small, tmp_path, monkeypatch, c
     run_main(distill, small / 'flow/teacher', '--batch', 4, '--iters', 1, '--out', 'my out')
 
     words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
-    assert words == ['python', 'sample.py', 'my out', '--source', '1987-03-23', '--compare',
+    assert words == ['python', 'sample.py', 'my out', '--source=1987-03-23', '--compare',
                      str(small / 'flow/teacher/model.pt')]
+
+
+@pytest.mark.parametrize('sources, words', [
+    (['-ed', 'b'], ['--source=-ed']), (['a\nb', '\x1b[31m', 'c'], ['--source=c']), (['\n'], [])])
+def test_advice_has_a_source_that_a_command_line_can_hold(sources, words):
+    """A source taken for an option, or a command that a line break cuts in two."""
+    meta = {'length': 16, 'pairs': True, 'kind': 'rows', 'special': {
+        name: 256 + i for i, name in enumerate(prepare_data.SPECIAL)}}
+    meta['tokenizer'] = prepare_data.make_tokenizer('byte', [])
+    encoding = prepare_data.make_encoding(meta['tokenizer'])
+    rows, _ = prepare_data.pack_rows(encoding, [(source, 'x') for source in sources], 16)
+
+    assert train_teacher.to_sample('out', meta, rows)[3:] == words
+
+
+def test_a_folder_of_models_is_answered_by_their_names(small, tmp_path, capfd):
+    """Advice to train what is there already."""
+    message = refusal(capfd, distill, small / 'flow')
+
+    assert f'name one of these: {small}/flow/student, {small}/flow/teacher' in message
+
+
+def test_resuming_is_advised_only_where_it_would_go_on(dozen, tmp_path, capfd):
+    """Advice that is refused itself: the data are others than the model was made from."""
+    words = (*SMALL, '--out', tmp_path, '--iters', 1)
+    run_main(train_teacher, '--data', dozen / 'data', *words)
+
+    assert '--resume' in refusal(capfd, train_teacher, '--data', dozen / 'data', *words)
+    message = refusal(capfd, train_teacher, '--data', dozen / 'other-days', *words)
+    assert '--resume' not in message
+    assert '--overwrite' in message
 
 
 # -----------------------------------------------------------------------------

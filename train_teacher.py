@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from model import Config, autocast, build, fail, generator, load, pick_device, save
 from prepare_data import (Parser, as_rows, count, load_dataset, newest_dataset, positive, rate,
-                          run_script, to_texts)
+                          run_script, to_texts, why_not)
 from prepare_data import share as share_type
 
 # -----------------------------------------------------------------------------
@@ -440,10 +440,12 @@ def open_log(out, start):
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         file = open(Path(out) / 'log.jsonl', 'a+b', buffering=0)
+    except OSError as error:
+        fail(f'{out}: cannot be written: {why_not(error)}')
+    try:
         lock(file)
-    except OSError as e:
-        fail(f'{out}: cannot be written, or another run writes there ({e.strerror}); wait for it, '
-             'or name another folder by --out')
+    except OSError:
+        fail(f'{out}: another run writes there; wait for it, or name another folder by --out')
     # what a killed run logged behind its last save will come again
     file.seek(0)
     kept = 0
@@ -537,7 +539,10 @@ def check_out(out, options, meta, **parents):
         # os.path.exists is False where Path's own would raise, as of names that are too long
         if os.path.exists(path) and not options.overwrite:
             _, ckpt = load(path)
-            fail(f'{path} holds a model of {ckpt["iter"]} iterations; --resume goes on with it, '
+            # only the run that it was can go on
+            same = not first_difference(ckpt, options, meta, parents)
+            resume = '--resume goes on with it, ' if same else ''
+            fail(f'{path} holds a model of {ckpt["iter"]} iterations; {resume}'
                  '--overwrite replaces it, --out writes elsewhere')
         return None
     _, ckpt = load(path)
@@ -605,8 +610,10 @@ def to_sample(out, meta, val):
     """The words of a command that writes with a model: one of pairs needs a source."""
     words = ['python', 'sample.py', str(out)]
     if meta['pairs']:
-        source, _ = to_texts(as_rows(val[:meta['length']], meta['length']), meta)[0]
-        words += ['--source', source]
+        rows = as_rows(val[:100 * meta['length']], meta['length'])
+        # a command line holds no line breaks, and may begin with a dash only behind a =
+        sources = [source for source, _ in to_texts(rows, meta) if source.isprintable()]
+        words += [f'--source={source}' for source in sources[:1]]
     return words
 
 

@@ -25,6 +25,7 @@ import signal
 import statistics
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -35,13 +36,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Config, autocast, build, is_student, load, newest_checkpoints, pick_device,
-                   time_axis, write_rows)
+from model import Config, autocast, build, is_student, load, pick_device, time_axis, write_rows
 from prepare_data import (Parser, as_rows, command_for, divergence, expected_seen, fail, health,
                           in_range, load_dataset, run_script, share, split_rows, story_figures,
                           to_texts, why_not, write_whole)
+from sample import newest_students
 from train_teacher import up_to
 
+# samples of each model, unless --rows says otherwise or too little text is held out
+ROWS = 500
 # of real text at most so many rows are compared with: beyond that figures hardly move
 REFERENCE_ROWS = 2000
 # of samples of text so many go into self-BLEU, which compares every two
@@ -127,7 +130,8 @@ def add_quality(parser):
         help='folders or .pt files, all of one data set; {seed} in a name stands for 0, 1, ...; '
              'without any the newest student and its teacher')
     add('--nfe', nargs='+', type=whole, default=[1, 4, 64], help='network calls')
-    add('--rows', type=whole, default=500, help='samples of each model, nfe and seed')
+    add('--rows', type=whole,
+        help=f'samples of each model, nfe and seed [{ROWS}, or as many as held-out text allows]')
     add('--seeds', type=whole, default=1, help='how many seeds of rows and noise: 0, 1, ...')
     add('--scorer', default='', metavar='CHECKPOINT', help='text: an ar model; adds gen_ppl')
     # pairs: several samples of a source, of which there are then fewer
@@ -175,7 +179,7 @@ def add_gpu(parser):
     steps = list(GPU_STEPS)
     add('--only', nargs='+', choices=steps, default=steps, help='these steps')
     add('--skip', nargs='+', choices=steps, default=[], help='all steps but these')
-    add('--folder', default='', help='for gpu-STEP.json; assets, or out of a rehearsal')
+    add('--folder', default='', help='for gpu-STEP.json; new ones in assets, or out if --tiny')
     add('--tiny', action='store_true', help='tiny sizes, on a CPU too: a rehearsal, no figures')
 
 
@@ -193,7 +197,8 @@ def parse(argv=None):
     add_gpu(gpu_parser)
     # what all have; gpu writes several files
     for one in (quality_parser, speed_parser, train_parser):
-        one.add_argument('--out', default='', help='the JSON file; out/WHAT.json if not given')
+        one.add_argument('--out', default='',
+                         help='the JSON file; a new one, out/WHAT.json, if not given')
     for one in (quality_parser, speed_parser, train_parser, gpu_parser):
         one.add_argument('--device', default='', help='cpu, cuda or mps; the best there is')
     words = sys.argv[1:] if argv is None else argv
@@ -283,20 +288,49 @@ def generative_perplexity(rows, meta, scorer):
 
 
 # -----------------------------------------------------------------------------
-# Pairs: scores of sequence-to-sequence text, words split at spaces, as DiffuSeq scores it
+# Pairs: scores of sequence-to-sequence text. Words are split at spaces, as DiffuSeq scores them
+
+# ours: characters of scripts that put no spaces between words, each of which is taken for a word:
+# Thai and Lao, Burmese, Khmer, kana and the signs beside them, Chinese, wide signs, rarer Chinese
+UNSPACED = (r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff'
+            r'\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]')
+
+
+def split_words(text):
+    """A text's words, split at spaces, and each character of scripts without spaces."""
+    return re.sub(UNSPACED, r' \g<0> ', text).split()
+
+
+class RougeWords:
+    """
+    Words in lower case without punctuation: of ASCII text those of rouge_score itself, which drops
+    all other letters.
+    """
+
+    def tokenize(self, text):
+        """The words of a text."""
+        kept = []
+        for letter in text.lower():
+            # letters, the marks that go with them, and numbers
+            known = unicodedata.category(letter)[0] in 'LMN'
+            kept.append(letter if known else ' ')
+        return split_words(''.join(kept))
+
 
 def bleu(text, reference):
     """Sentence BLEU (Papineni et al. 2002) with smoothing method 4, in [0, 1], as in DiffuSeq."""
     # optional, and slow to import: only where pairs or text are scored
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     smoothing = SmoothingFunction().method4
-    return sentence_bleu([reference.split()], text.split(), smoothing_function=smoothing)
+    return sentence_bleu([split_words(reference)], split_words(text),
+                         smoothing_function=smoothing)
 
 
 def rouge_l(text, reference):
     """ROUGE-L (Lin 2004), the F-measure of the longest common subsequence, in [0, 1]."""
     from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer(['rougeL']).score(reference, text)['rougeL'].fmeasure
+    scorer = RougeScorer(['rougeL'], tokenizer=RougeWords())
+    return scorer.score(reference, text)['rougeL'].fmeasure
 
 
 def distinct(texts, n):
@@ -304,7 +338,7 @@ def distinct(texts, n):
     Share of distinct n-grams among all n-grams of some texts (arXiv:1510.03055): dist-1 of one
     text, div-4 of all texts of a source.
     """
-    grams = all_ngrams([text.split() for text in texts], n)
+    grams = all_ngrams([split_words(text) for text in texts], n)
     return len(set(grams)) / max(1, len(grams))
 
 
@@ -366,9 +400,9 @@ class Opened:
 
 def newest_pair():
     """The newest student, and its teacher if that is still there: names; a line says which."""
-    found = newest_checkpoints('out/*/student/model.pt')
+    found = newest_students()
     if not found:
-        fail('out/*/student holds no model yet; name one, or make it: python distill.py')
+        fail('out/ holds no student yet; name a model, or make one: python distill.py')
     student = found[0]
     names = [str(student.parent)]
     # distill.py writes the student beside its teacher
@@ -382,6 +416,17 @@ def newest_pair():
 def with_seed(name, seed):
     """The path of a model's `seed`-th run."""
     return name.replace('{seed}', str(seed))
+
+
+def check_named_once(names):
+    """Stop at a model that would be measured twice, in lines of one name."""
+    seen = set()
+    for name in names:
+        # out/a/ is out/a
+        path = os.path.realpath(name)
+        if path in seen:
+            fail(f'{name}: is named twice; name each model once')
+        seen.add(path)
 
 
 def open_models(names, seeds):
@@ -441,6 +486,19 @@ def samples_per_source(options):
     return max(options.per_source, options.mbr)
 
 
+def default_rows(path, options, meta, val):
+    """How many samples are drawn where no number is asked for; a line says if they are few."""
+    n = len(val) // meta['length']
+    each = samples_per_source(options)
+    # of text one half is compared with, the other one stands beside the samples
+    most = n * each if meta['pairs'] else n // 2
+    # all samples of one source at least
+    rows = max(ROWS, each)
+    if most < rows:
+        print(f'{path}: its data hold out {n} rows: measuring {most} samples in place of {rows}')
+    return min(most, rows)
+
+
 def check_rows(path, options, meta, val):
     """Stop where there is too little held-out text for so many samples."""
     n = len(val) // meta['length']
@@ -452,10 +510,10 @@ def check_rows(path, options, meta, val):
             fail(f'{path}: its data hold out {n} pairs, fewer than the {options.rows // each} '
                  f'asked for; --rows {n * each}, or less')
         return
-    if options.rows < 2:
-        fail(f'--rows {options.rows}: must be at least 2, as distances are between rows')
     if n < 4:
         fail(f'{path}: its data hold out {n} rows of text, too few to compare with; prepare more')
+    if options.rows < 2:
+        fail(f'--rows {options.rows}: must be at least 2, as distances are between rows')
     # one half is compared with, the other shows what real text scores: as many rows as samples
     if options.rows > n // 2:
         fail(f'{path}: its data hold out {n} rows, half of them to compare with and half to be '
@@ -521,18 +579,34 @@ def check_scorer(options, first, meta, device):
     return scorer
 
 
+def free_name(path):
+    """PATH.json, or the first of PATH-2.json, PATH-3.json, ... so that nothing is replaced."""
+    path = Path(path)
+    free = path
+    number = 1
+    # a picture of the same name may stand beside the figures
+    while free.exists() or free.with_suffix('.svg').exists():
+        number += 1
+        free = path.with_stem(f'{path.stem}-{number}')
+    return free
+
+
 def check_writable(out):
-    """Stop if a file cannot be written: better now than after an hour."""
+    """Stop if a file cannot be written: better now than after an hour. Say if it is replaced."""
     # the name that write_whole writes to first
     trial = Path(f'{out}.tmp')
     if os.path.isdir(out):
         fail(f'{out}: is a folder; name a file for the figures')
+    if Path(out).suffix == '.svg':
+        fail(f'{out}: would be replaced by the picture; give the figures another name')
     try:
         trial.parent.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b'')
         trial.unlink()
     except OSError as error:
         fail(f'{out}: cannot be written: {why_not(error)}')
+    if os.path.exists(out):
+        print(f'{out} is there already, and will be replaced', flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -634,6 +708,38 @@ def source_figures(rows, known, reference, options):
     return figures
 
 
+def pair_rows(pairs, meta):
+    """(source, target), lists of ids -> rows (n, L); what does not fit is cut off, as models do."""
+    eos, pad, sep, _ = meta['special'].values()
+    rows = []
+    for source, target in pairs:
+        ids = [*source, sep, *target, eos][:meta['length']]
+        rows.append(ids + [pad] * (meta['length'] - len(ids)))
+    return torch.tensor(rows)
+
+
+def pair_references(report, reference, options):
+    """What pairs score without a model: each source as its own answer, and another's target."""
+    copies = []
+    others = []
+    for seed in range(options.seeds):
+        # the same sources as the models'
+        known, _ = known_rows(reference, options, seed)
+        pairs = split_rows(known, reference.meta)
+        copy = pair_rows([(source, source) for source, _ in pairs], reference.meta)
+        copies.append(source_figures(copy, known, reference, options))
+        # the samples of one source share its target, so that is the next source's
+        each = samples_per_source(options)
+        moved = pairs[each:] + pairs[:each]
+        other = [(source, target) for (source, _), (_, target) in zip(pairs, moved)]
+        other = pair_rows(other, reference.meta)
+        others.append(source_figures(other, known, reference, options))
+    report.add('the source itself', '', copies)
+    # a single source has no next one
+    if len(pairs) > each:
+        report.add('another target', '', others)
+
+
 def sampling(options, config):
     """What a model's sampler is told: the options that are for models of its kind."""
     how = {}
@@ -692,9 +798,9 @@ def measure_seeds(name, reference, options, nfe, device):
 
 
 def quality(options, device):
-    """Measure every model at every nfe, after real text if it is text."""
+    """Measure every model at every nfe, after what needs none: real text, or the pairs' own."""
     names = options.models or newest_pair()
-    report = Report(options.out or 'out/quality.json', options, device)
+    check_named_once(names)
     opened = open_models(names, options.seeds)
     first = next(iter(opened))
     meta = opened[first].meta
@@ -704,14 +810,19 @@ def quality(options, device):
     check_pair_options(options, first, meta['pairs'])
     check_sampling(options, opened)
     data = check_data(first, opened[first])
+    if options.rows is None:
+        options.rows = default_rows(first, options, meta, data[-1])
     check_rows(first, options, meta, data[-1])
     check_packages(first, options, meta)
     scorer = check_scorer(options, first, meta, device)
+    report = Report(options.out or free_name('out/quality.json'), options, device)
     check_writable(report.out)
 
     # what real text scores, and the same tokens without their order
     reference, real = make_reference(opened[first].folder, data, options.rows, scorer)
-    if len(real):
+    if meta['pairs']:
+        pair_references(report, reference, options)
+    else:
         report.add('held-out text', '', [text_figures(real, reference)])
         report.add('the same, shuffled', '', [text_figures(shuffled(real, meta), reference)])
     # the models
@@ -722,7 +833,9 @@ def quality(options, device):
         for nfe in calls:
             report.attempt(name, nfe, measure_seeds, name, reference, options, nfe, device)
     if importlib.util.find_spec('matplotlib') is not None:
-        picture(report.lines, Path(report.out).with_suffix('.svg'))
+        path = Path(report.out).with_suffix('.svg')
+        picture(report.lines, path)
+        report.files.append(str(path))
     report.finish()
 
 
@@ -936,7 +1049,7 @@ def time_models(report, items, batches, default_nfe, layers, compiled, device):
 def speed(options, device):
     """Time to write `batch` rows, nothing given, with each model."""
     items = options.models or newest_pair()
-    report = Report(options.out or 'out/speed.json', options, device)
+    report = Report(options.out or free_name('out/speed.json'), options, device)
     check_timed(items, options.layers)
     check_writable(report.out)
     compiled = options.compile and device.type == 'cuda'
@@ -1071,7 +1184,7 @@ def as_list(work, *arguments):
 
 def train(options, device):
     """Each B,L,V,D and formulation."""
-    report = Report(options.out or 'out/train.json', options, device)
+    report = Report(options.out or free_name('out/train.json'), options, device)
     check_writable(report.out)
     compiled = options.compile and device.type == 'cuda'
     # on a CPU dense is in fp32 already
@@ -1124,7 +1237,8 @@ def gpu(options, device):
     folder = Path(options.folder or ('out' if options.tiny else 'assets'))
     reports = {}
     for name in names:
-        reports[name] = Report(folder / f'gpu-{name}.json', options, device)
+        out = folder / f'gpu-{name}.json'
+        reports[name] = Report(out if options.folder else free_name(out), options, device)
         check_writable(reports[name].out)
     failed = []
     for name, report in reports.items():
@@ -1154,6 +1268,7 @@ class Report:
 
     def __init__(self, out, options, device):
         self.out = str(out)
+        self.files = [self.out]
         self.lines = []
         self.failed = []
         told = dict(vars(options))
@@ -1206,7 +1321,7 @@ class Report:
 
     def show(self):
         """Print the table, and where the figures are."""
-        print(f'\n{table(self.lines)}\n\nwrote {self.out}', flush=True)
+        print(f'\n{table(self.lines)}\n\nwrote {" and ".join(self.files)}', flush=True)
 
     def finish(self):
         """Show what there is; exit status 1 if something failed."""
@@ -1264,7 +1379,7 @@ def plot_quality(axes, lines, key, by_time):
     # one line of points for each model
     curves = {}
     for name, nfe, runs in lines:
-        # not of real text
+        # real text, and what else needs no model, makes no calls
         if nfe:
             found = summary(runs)
             x = found['ms_per_row'][0] if by_time else nfe

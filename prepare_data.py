@@ -40,6 +40,7 @@ import numpy as np
 
 SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every tokenizer
 FORMAT = 1                                          # of data folders
+LONGEST_ROW = 65536                                 # tokens
 
 
 # -----------------------------------------------------------------------------
@@ -65,6 +66,11 @@ def run_script(main):
     except KeyboardInterrupt:
         print(f'{Path(sys.argv[0]).name}: stopped', file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def as_word(path):
+    """A path as a word of a command: one that begins with "-" would be taken for an option."""
+    return f'./{path}' if str(path).startswith('-') else str(path)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -238,8 +244,9 @@ def read_gpt2():
     import tiktoken
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
-    except Exception:               # requests, urllib3 and tiktoken raise dozens of kinds
-        fail('gpt2 cannot be fetched; fill TIKTOKEN_CACHE_DIR, or use --tokenizer bpe:8192')
+    except Exception as error:      # requests, urllib3 and tiktoken raise dozens of kinds
+        fail(f'gpt2 cannot be fetched: there is no network, or it failed ({type(error).__name__}); '
+             f'fill TIKTOKEN_CACHE_DIR, or use --tokenizer bpe:8192')
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
     return {'name': 'gpt2', 'pattern': gpt2._pat_str, 'tokens': tokens}
 
@@ -267,7 +274,7 @@ def make_tokenizer(how, texts):
         return read_gpt2()
     if how == 'byte':
         # the 256 bytes, and no merge
-        return train_bpe([], 0)
+        return {**train_bpe([], 0), 'name': 'byte'}
     if how.startswith('bpe:'):
         return train_bpe(texts, int(how[4:]))
     if how.startswith('bert:'):
@@ -291,14 +298,27 @@ def make_encoding(spec):
                              special_tokens=special)
 
 
-def encode(encoding, text):
-    """A text's token ids. Of dates and stories an unknown word is an error that names it."""
+def encode(encoding, text, unknown=None):
+    """A text's token ids. A word of dates and stories, or a character of BERT, that is unknown is
+    an error that names it; those of BERT are counted instead in the Counter `unknown`, if given."""
     if encoding.name == 'bert':
         # BERT knows lower case without accents, and each punctuation mark as a word; in the form
         # NFD an accent is a character of its own
         plain = re.sub('[\u0300-\u036f]', '', unicodedata.normalize('NFD', text.lower()))
         words = re.findall(r'[^\W_]+|[^\w\s]|_', plain)
-        return encoding.encode_ordinary(''.join(' ' + word for word in words))
+        spaced = ''.join(' ' + word for word in words)
+        ids = encoding.encode_ordinary(spaced)
+        # tiktoken drops in silence what fits no token; what comes back has only the rest
+        dropped = Counter()
+        if encoding.decode(ids) != spaced:
+            dropped = Counter(spaced) - Counter(encoding.decode(ids))
+        # a mark that begins no word of the vocabulary is written without its space
+        del dropped[' ']
+        if dropped and unknown is None:
+            fail(f'{next(iter(dropped))!r} is not in the vocabulary of bert')
+        if dropped:
+            unknown.update(dropped)
+        return ids
     if encoding.name == 'dates':
         # any other character is a piece, too, so that it is found to be unknown
         return known_pieces(encoding, re.findall(DATE_TOKENS + '|.', text, re.DOTALL))
@@ -742,21 +762,27 @@ def load_hub(name, cache):
 # Files: text of any extension, .jsonl, .parquet, .tsv, each plain or .gz
 
 KINDS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet',
-         '.tsv': 'tsv'}
+         '.tsv': 'tsv', '.csv': 'csv'}
 
 
 def kind_of(path):
-    """text, jsonl, parquet or tsv, by the extension before .gz; whatever is unknown is text."""
+    """text, jsonl, parquet, tsv or csv, by the extension before .gz; what is unknown is text."""
     name = path.name.lower().removesuffix('.gz')
     return KINDS.get(Path(name).suffix, 'text')
 
 
 def list_files(names):
-    """The files that --input names, all of one kind; a folder stands for all files in it."""
+    """The files that --input names, all of one kind, each once; a folder stands for all files in
+    it that are not hidden."""
     files = []
     for name in names:
         if os.path.isdir(name):
-            inside = [path for path in sorted(Path(name).rglob('*')) if path.is_file()]
+            inside = []
+            for path in sorted(Path(name).rglob('*')):
+                # such as .DS_Store, or what is in .git
+                hidden = any(part.startswith('.') for part in path.relative_to(name).parts)
+                if path.is_file() and not hidden:
+                    inside.append(path)
             if not inside:
                 fail(f'--input {name}: a folder without files')
             files.extend(inside)
@@ -764,9 +790,13 @@ def list_files(names):
             files.append(Path(name))
         else:
             fail(f'--input {name}: there is no such file')
+    # a folder and a file in it may both be named
+    files = list({path.resolve(): path for path in files}.values())
     # a README beside records would be read as text
     first = files[0]
     for path in files:
+        if kind_of(path) == 'csv':
+            fail(f'--input {path}: a .csv is not read; save it as .tsv or .jsonl')
         if kind_of(path) != kind_of(first):
             fail(f'--input: mixes {kind_of(first)} ({first}) and {kind_of(path)} ({path}); '
                  f'give files of one kind')
@@ -791,6 +821,11 @@ def read_bytes(path):
 def read_text(path):
     """A file's text, without a byte-order mark, all line ends as \\n."""
     data = read_bytes(path)
+    # no UTF-8 begins with these two bytes; a text may begin with PAR1, but not end with it, too
+    if data.startswith(b'\x1f\x8b'):
+        fail(f'{path}: is packed with gzip; its name must end in .gz')
+    if data.startswith(b'PAR1') and data.endswith(b'PAR1'):
+        fail(f'{path}: is parquet; its name must end in .parquet')
     # utf-8-sig is UTF-8 that may begin with such a mark
     try:
         text = data.decode('utf-8-sig')
@@ -817,9 +852,11 @@ def read_jsonl(path):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            fail(f'{where}: not JSON; each line must be one record')
+            fail(f'{where}: not JSON; each line must be one record, so write an array one '
+                 f'record a line')
         if not isinstance(record, dict):
-            fail(f'{where}: not a record; each line must be like {{"text": "..."}}')
+            fail(f'{where}: not a record; each line must be like {{"text": "..."}}, so write an '
+                 f'array one record a line')
         yield where, record
 
 
@@ -965,10 +1002,25 @@ def split_items(items, held_share, left_out):
     return apart, val
 
 
+def known_items(items, encoding, left_out):
+    """The documents or pairs that the tokenizer can write; the others, with BERT's, are counted."""
+    known = []
+    for item in items:
+        unknown = Counter()
+        for text in as_texts(item):
+            encode(encoding, text, unknown)
+        if not unknown:
+            known.append(item)
+    left_out['with characters that bert does not know'] += len(items) - len(known)
+    return known
+
+
 def pack_rows(encoding, items, length):
-    """Documents or pairs -> (flat ids of whole rows of `length`, how many were too long)."""
+    """Documents or pairs -> (flat ids of whole rows of `length`, how many tokens each item has).
+    Those that are longer get no row."""
     eos, pad, sep = (encoding.encode_single_token(name) for name in SPECIAL[:3])
     rows = []
+    sizes = []
     for item in items:
         text = encode(encoding, as_texts(item)[-1]) + [eos]
         if isinstance(item, tuple):
@@ -980,8 +1032,20 @@ def pack_rows(encoding, items, length):
         # [pad] times a negative number is empty: such a row is too long
         if len(row) == length:
             rows.append(row)
+        sizes.append(len(row) - row.count(pad))
     ids = np.array(rows, dtype='<u2').reshape(-1)
-    return ids, len(items) - len(rows)
+    return ids, sizes
+
+
+def advise_length(sizes, too_long):
+    """The --length that holds 95 % of texts of so many tokens; '' if few of them are too long."""
+    if too_long <= 0.1 * len(sizes):
+        return ''
+    enough = int(np.quantile(sizes, 0.95, method='higher'))
+    # whole books are for a stream, and not for rows
+    if enough > LONGEST_ROW:
+        return ''
+    return f'--length {enough} would hold 95 % of them'
 
 
 # -----------------------------------------------------------------------------
@@ -995,19 +1059,23 @@ def split_documents(text):
 
 
 def to_ids(batch, encoding, clean):
-    """Texts of a table -> their token ids, each document ended by <eos>, and how many these are."""
+    """Texts of a table -> of each document its token ids, ended by <eos>, how many these are, and
+    how many of its characters BERT does not know."""
     eos = encoding.n_vocab - len(SPECIAL)
     ids = []
+    dropped = []
     for text in batch['text']:
         for document in split_documents(text):
-            ids.append(np.array(encode(encoding, clean(document)) + [eos], np.uint16))
-    return {'ids': ids, 'n': [len(x) for x in ids]}
+            unknown = Counter()
+            ids.append(np.array(encode(encoding, clean(document), unknown) + [eos], np.uint16))
+            dropped.append(unknown.total())
+    return {'ids': ids, 'n': [len(x) for x in ids], 'dropped': dropped}
 
 
 def pack_texts(texts, encoding, clean):
-    """A list of texts -> (flat ids, number of tokens of each document)."""
+    """A list of texts -> (flat ids, number of tokens of each document, characters dropped)."""
     done = to_ids({'text': texts}, encoding, clean)
-    return np.concatenate(done['ids']).astype('<u2'), np.array(done['n'])
+    return np.concatenate(done['ids']).astype('<u2'), np.array(done['n']), sum(done['dropped'])
 
 
 def pack_table(table, encoding, clean, cache):
@@ -1017,6 +1085,7 @@ def pack_table(table, encoding, clean, cache):
     table = table.map(to_ids, batched=True, remove_columns='text', num_proc=many,
                       fn_kwargs=dict(encoding=encoding, clean=clean))
     sizes = np.array(table.with_format('numpy')['n'][:])
+    dropped = int(np.sum(table.with_format('numpy')['dropped'][:]))
     # without a name: it is gone when this script ends
     file = tempfile.TemporaryFile(dir=cache)
     try:
@@ -1025,7 +1094,7 @@ def pack_table(table, encoding, clean, cache):
         file.flush()
     except OSError as error:
         fail(f'{cache}: {why_not(error)}')
-    return np.memmap(file, '<u2', 'r', shape=int(sizes.sum())), sizes
+    return np.memmap(file, '<u2', 'r', shape=int(sizes.sum())), sizes, dropped
 
 
 def split_stream(ids, sizes, held_share, documents):
@@ -1083,7 +1152,7 @@ def command_for(folder):
         return 'python prepare_data.py -h'
     words = ['python', 'prepare_data.py', folder.name]
     if folder.parent != Path('data'):
-        words += ['--data', str(folder.parent)]
+        words += ['--data', as_word(folder.parent)]
     return shlex.join(words)
 
 
@@ -1092,7 +1161,7 @@ def load_dataset(folder):
     folder = Path(folder)
     # a text given to train_teacher.py
     if os.path.isfile(folder):
-        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', str(folder)])
+        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', as_word(folder)])
         fail(f'{folder} is a file, not a folder of prepared data; run: {command}')
     if not os.path.isfile(folder / 'meta.json'):
         fail(f'{folder} holds no prepared data; run: {command_for(folder)}')
@@ -1122,7 +1191,7 @@ def newest_dataset(root='data'):
     if not found:
         command = ['python', 'prepare_data.py', 'stories']
         if Path(root) != Path('data'):
-            command += ['--data', str(root)]
+            command += ['--data', as_word(root)]
         fail(f'{root} holds no prepared data; first run: {shlex.join(command)}')
     # of two from the same moment the last by name
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parent
@@ -1172,11 +1241,26 @@ def words_of(text):
     return re.findall(r'[^\W\d_]+', text.casefold())
 
 
+# Thai and Lao, Myanmar, Khmer; then kana and Chinese characters
+UNSPACED = ('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff'
+            '\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]')
+
+
+def has_spaces(words):
+    """Whether words are words, and not whole sentences of a script that has no spaces, or DNA."""
+    letters = ''.join(words)
+    unspaced = len(letters) - len(re.sub(UNSPACED, '', letters))
+    # words of a text have 4 to 8 letters on average, from English to Finnish
+    return unspaced <= 0.5 * len(letters) and len(letters) <= 12 * len(words)
+
+
 @functools.lru_cache(maxsize=4)
 def corpus_words(folder, limit=5_000_000):
-    """The set of words in the first `limit` training tokens of a data folder."""
+    """The set of words in the first `limit` training tokens of a data folder; it is empty for a
+    text without spaces."""
     meta, train, _ = load_dataset(folder)
-    return set(words_of(decode(make_encoding(meta['tokenizer']), train[:limit])))
+    words = words_of(decode(make_encoding(meta['tokenizer']), train[:limit]))
+    return set(words) if has_spaces(words) else set()
 
 
 def entropy_of(items):
@@ -1188,7 +1272,7 @@ def health(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.
     dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
     stories: see story_figures. Else: entropy of a row's tokens (nats), share of unique rows, and of
-    words known from the folder `data`, unless it is gone or its text has no words."""
+    words known from the folder `data`, unless it is gone or its text, or these, have no words."""
     texts = to_texts(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
         forms = [(date_forms(source), text) for source, text in texts]
@@ -1202,10 +1286,10 @@ def health(rows, meta, data=''):
     figures = {'entropy': sum(entropies) / len(entropies), 'unique': len(set(texts)) / len(texts)}
     if data and os.path.isfile(Path(data) / 'meta.json'):
         known = corpus_words(str(data))
+        words = words_of(' '.join(text for _, text in texts))
         # a text of digits or signs only has no words to know
-        if known:
-            words = words_of(' '.join(text for _, text in texts))
-            figures['words'] = sum(word in known for word in words) / max(1, len(words))
+        if known and words:
+            figures['words'] = sum(word in known for word in words) / len(words)
     return figures
 
 
@@ -1223,7 +1307,8 @@ def parse(argv=None):
         help='UTF-8 text, .jsonl or .parquet (text, or src and trg), .tsv (pairs), .gz; or folders')
     add('--rows', action='store_true', help='own text: each line or record is a row of its own')
     # how to write it
-    add('--tokenizer', help='gpt2, bpe:N, byte or bert:vocab.txt; bpe:2048, or as in the papers')
+    add('--tokenizer', help='gpt2, bpe:N, byte, or bert:vocab.txt, which is lower case without '
+        'line breaks; bpe:2048, or as in the papers')
     add('--length', type=positive, help='tokens per row; 32, or as in the papers')
     add('--val', type=share, default=0.1, help='share held out; of a stream its end')
     add('--data', default='data', help='the folder that receives NAME/')
@@ -1232,14 +1317,19 @@ def parse(argv=None):
 
 def check(args):
     """Stop at options that cannot be, before anything is read."""
+    ours = args.name in BUILT_IN or args.name in HUB
+    if not ours and not args.input and os.path.exists(args.name):
+        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', as_word(args.name)])
+        fail(f'{args.name} is a file or a folder; give your text a name: {command}')
     if not re.fullmatch(r'\w[\w.-]*', args.name):
         fail(f'NAME {args.name!r}: must be of letters, digits, "_", "-" and "."')
     if args.name.lower() == 'cache':
         fail('NAME cache: that folder is for downloads; choose another name')
     if args.input and args.name in BUILT_IN:
-        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', *args.input])
+        files = [as_word(name) for name in args.input]
+        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', *files])
         fail(f'{args.name} needs no --input; give your text a name: {command}')
-    if not args.input and args.name not in BUILT_IN and args.name not in HUB:
+    if not args.input and not ours:
         names = ', '.join([*BUILT_IN, *HUB])
         fail(f'{args.name}: not one of {names}; for your own text add --input FILE')
     if args.rows and not args.input:
@@ -1250,8 +1340,8 @@ def check(args):
         fail(f'{args.name} has a tokenizer of its own; leave out --tokenizer')
     if args.tokenizer:
         check_tokenizer(args.tokenizer)
-    if args.length and not 4 <= args.length <= 65536:
-        fail(f'--length {args.length}: must be from 4 to 65536')
+    if args.length and not 4 <= args.length <= LONGEST_ROW:
+        fail(f'--length {args.length}: must be from 4 to {LONGEST_ROW}')
     if not 0 < args.val < 1:
         fail(f'--val {args.val}: must be more than 0 and less than 1')
 
@@ -1272,7 +1362,8 @@ def read_items(args, left_out):
 
 
 def prepare_rows(args, items, tokenizer, length, left_out):
-    """Documents or pairs -> (train, val, tokenizer dict), each text in a row of its own."""
+    """Documents or pairs -> (train, val, tokenizer dict, advice on --length), each text in a row of
+    its own."""
     items = clean_items(items, args.name == 'stories', left_out)
     texts = []
     for item in items:
@@ -1280,15 +1371,19 @@ def prepare_rows(args, items, tokenizer, length, left_out):
     # from all texts, those held out too: it is a code, and has to be able to write them
     spec = make_tokenizer(tokenizer, texts)
     encoding = make_encoding(spec)
+    if encoding.name == 'bert':
+        items = known_items(items, encoding, left_out)
     train_items, val_items = split_items(items, args.val, left_out)
-    train, train_long = pack_rows(encoding, train_items, length)
-    val, val_long = pack_rows(encoding, val_items, length)
-    too_long = train_long + val_long
-    left_out[f'too long for a row of {length} tokens'] += too_long
+    train, train_sizes = pack_rows(encoding, train_items, length)
+    val, val_sizes = pack_rows(encoding, val_items, length)
+    sizes = train_sizes + val_sizes
+    too_long = sum(size > length for size in sizes)
+    left_out[f'of {len(sizes):,} too long for a row of {length} tokens'] += too_long
+    advice = advise_length(sizes, too_long)
     if too_long and not (len(train) and len(val)):
-        fail(f'{too_long:,} of {len(items):,} texts are longer than a row of {length} tokens; '
-             f'give a larger --length')
-    return train, val, spec
+        fail(f'{too_long:,} of {len(sizes):,} texts are longer than a row of {length} tokens; '
+             f'{advice or "give a larger --length"}')
+    return train, val, spec, advice
 
 
 def prepare_stream(args, items, tokenizer, left_out):
@@ -1304,12 +1399,13 @@ def prepare_stream(args, items, tokenizer, left_out):
     spec = make_tokenizer(tokenizer, [text.replace('<|endoftext|>', '') for text in texts])
     encoding = make_encoding(spec)
     if isinstance(items, list):
-        ids, sizes = pack_texts(items, encoding, clean)
+        ids, sizes, dropped = pack_texts(items, encoding, clean)
     else:
         print(f'{len(items):,} documents, now into tokens ...', flush=True)
-        ids, sizes = pack_table(items, encoding, clean, Path(args.data) / 'cache')
+        ids, sizes, dropped = pack_table(items, encoding, clean, Path(args.data) / 'cache')
         # only blank documents have no tokens
         left_out['empty'] += max(0, len(items) - len(sizes))
+    left_out['characters that bert does not know'] += dropped
     train, val = split_stream(ids, sizes, args.val, documents)
     return train, val, spec
 
@@ -1345,10 +1441,11 @@ def main(argv=None):
     # own text is a stream, unless --rows; so are tables of the hub
     stream = not isinstance(items, list) or (args.input and not args.rows and not pairs)
     kind = 'stream' if stream else 'rows'
+    advice = ''
     if stream:
         train, val, spec = prepare_stream(args, items, tokenizer, left_out)
     else:
-        train, val, spec = prepare_rows(args, items, tokenizer, length, left_out)
+        train, val, spec, advice = prepare_rows(args, items, tokenizer, length, left_out)
     reasons = ', '.join(f'{n:,} {reason}' for reason, n in left_out.items() if n) or 'nothing'
     if min(len(train), len(val)) < length:
         fail(f'{source}: too little text for rows of {length} tokens: {len(train):,} to train on, '
@@ -1361,12 +1458,14 @@ def main(argv=None):
         print(f'{tokenizer}: only {spec["name"][4:]}, as each word of the text is one token then')
     V = len(spec['tokens']) + len(SPECIAL)
     print(f'left out: {reasons}')
+    if advice:
+        print(advice)
     print(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; '
           f'{kind} of {length}; {tokenizer}, {V:,} tokens; {time.time() - start:.0f} s')
     # the newest in data/ is what train_teacher.py takes anyway
     command = ['python', 'train_teacher.py']
     if Path(args.data) != Path('data'):
-        command += ['--data', str(folder)]
+        command += ['--data', as_word(folder)]
     print(f'next: {shlex.join(command)}')
 
 

@@ -31,6 +31,9 @@ from model import is_student, load, newest_checkpoints, pick_device, save, write
 from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
                           run_script, share, split_rows, to_texts, write_whole)
 
+# what distill.py calls the folders that it writes to, each beside its teacher's
+STUDENTS = ['student', 'one-call', 'sdtt']
+
 # the weights that come with this file
 SHIPPED = Path(__file__).parent / 'assets/stories-one-call.pt'
 
@@ -79,7 +82,8 @@ def parse(argv=None):
     add('--infill', help='text with holes, one _ for each token to write; \\_ is a real underscore')
     add('--source', help='for models of pairs: the source; without it, each line on stdin is one')
     # how to write
-    add('--nfe', type=positive, help='network calls [1; 64 if not a student]')
+    add('--nfe', type=positive,
+        help='network calls [1; of a distilled MDLM what it has learnt; 64 if not a student]')
     add('--seed', type=count, default=0, help='of the noise')
     add('--temperature', type=rate, help='of predictions, all but diffusions: logits / T [1]')
     add('--gamma', type=share, help='flows: 0 follows the flow, up to 1 noise is added anew [0]')
@@ -212,6 +216,7 @@ class Writer:
     meta: dict
     encoding: object
     data: str
+    fewest: int         # calls that a distilled MDLM has learnt to write in; 0 of other models
 
 
 def tell(message):
@@ -219,10 +224,15 @@ def tell(message):
     print(message, file=sys.stderr, flush=True)
 
 
+def newest_students():
+    """The files that distill.py has written under out/, the newest one first."""
+    # a folder that has no model.pt yet, of a run that was stopped early, is no model
+    return newest_checkpoints(*[f'out/*/{name}/model.pt' for name in STUDENTS])
+
+
 def default_checkpoint():
     """The newest student under out/, else the shipped weights; a line says which."""
-    # a folder that has no model.pt yet, of a run that was stopped early, is no model
-    found = newest_checkpoints('out/*/student/model.pt', 'out/*/one-call/model.pt')
+    found = newest_students()
     if found:
         tell(f'model: {found[0]}, the newest student')
         return found[0]
@@ -235,23 +245,32 @@ def make_writer(path, model, ckpt):
     """A Writer of what model.load returns."""
     meta = ckpt['meta']
     # students of older checkpoints know their data by their teacher only
-    data = ckpt['options'].get('data') or ckpt.get('teacher', {}).get('data', '')
-    return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data)
+    options = ckpt['options']
+    data = options.get('data') or ckpt.get('teacher', {}).get('data', '')
+    # SDTT changes nothing in the network that would tell a student from its teacher
+    fewest = options['fewest'] if options.get('stage') == 'masked' else 0
+    return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data, fewest)
 
 
-def role(config):
-    """What a model is to its reader: student, teacher, mdlm or ar."""
+def role(writer):
+    """What a model is to its reader: student, teacher, mdlm, sdtt (a distilled mdlm) or ar."""
+    if writer.fewest:
+        return 'sdtt'
+    config = writer.model.config
     if config.model in ('mdlm', 'ar'):
         return config.model
     return 'student' if is_student(config) else 'teacher'
 
 
-def network_calls(config, nfe):
-    """Calls that a model makes if --nfe is nfe, or None: 1 of students, L of ar, 64 of others."""
+def network_calls(writer, nfe):
+    """Calls that a model makes if --nfe is nfe, or None: those it was made for, 64 of teachers."""
+    config = writer.model.config
     if config.model == 'ar':
         return config.length
     if nfe is not None:
         return nfe
+    if writer.fewest:
+        return writer.fewest
     return 1 if is_student(config) else TEACHER_CALLS
 
 
@@ -261,11 +280,13 @@ def sampler_options(config, options):
     return {name: value for name, value in how.items() if value is not None}
 
 
-def tell_what_is_not_said(config, nfe, options):
+def tell_what_is_not_said(writer, nfe, options):
     """Lines on a number of calls that was not asked for, and on options that change nothing."""
+    config = writer.model.config
     if options.nfe is None and nfe > 1:
+        name = role(writer) if writer.fewest else f'not a student but {role(writer)}'
         reason = 'one for each token' if config.model == 'ar' else '--nfe sets another number'
-        tell(f'not a student but {role(config)}: {nfe} network calls; {reason}')
+        tell(f'{name}: {nfe} network calls; {reason}')
     if nfe == 1 and config.model in ('flm', 'diffuseq'):
         for name in sampler_options(config, options):
             tell(f'--{name} changes nothing in a single call; it takes --nfe 2 or more')
@@ -309,10 +330,12 @@ def read_sources(options, meta):
     if sys.stdin is None or sys.stdin.isatty():
         fail('this model writes from a source: give --source TEXT, or one per line on stdin')
     try:
-        lines = [line.strip() for line in sys.stdin]
+        text = sys.stdin.read()
     except UnicodeDecodeError:
         fail('stdin is not text in UTF-8')
-    sources = [line for line in lines if line]
+    # Windows writes a byte-order mark before the first line
+    lines = text.removeprefix('\ufeff').split('\n')
+    sources = [line.strip() for line in lines if line.strip()]
     if not sources:
         fail('stdin holds no source; give --source TEXT, or one per line on stdin')
     for source in sources:
@@ -568,14 +591,14 @@ def compare(ours, teacher, options):
     runs = [(teacher, 1), (teacher, TEACHER_CALLS)]
     if teacher.model.config.model == 'ar':
         runs = [(teacher, teacher.model.config.length)]
-    runs.append((ours, network_calls(ours.model.config, options.nfe)))
+    runs.append((ours, network_calls(ours, options.nfe)))
 
     # one after the other; write_rows seeds the noise anew for each
     names = []
     texts = []
     frames = []
     for writer, nfe in runs:
-        name = f'{role(writer.model.config)} {nfe:2d} |'
+        name = f'{role(writer)} {nfe:2d} |'
         how = sampler_options(writer.model.config, options)
         if options.film is not None:
             # looking at each call takes a little time, so only where a film asks for it
@@ -589,7 +612,7 @@ def compare(ours, teacher, options):
     print_groups(names, texts, len(given), n, shown)
 
     if options.film is not None:
-        roles = [role(teacher.model.config), role(ours.model.config)]
+        roles = [role(teacher), role(ours)]
         write_whole(options.film, film(frames[-2], frames[-1], roles).encode())
         tell(f'film: {options.film}')
 
@@ -614,14 +637,16 @@ def print_groups(names, texts, total, n, shown):
 def write(ours, options):
     """Write rows and print them, and what they are worth."""
     config = ours.model.config
-    nfe = network_calls(config, options.nfe)
-    tell_what_is_not_said(config, nfe, options)
+    nfe = network_calls(ours, options.nfe)
+    tell_what_is_not_said(ours, nfe, options)
     sources = read_sources(options, ours.meta)
     # all rows of all sources at once, those of a source next to each other
     n = options.mbr or options.n or 8
     given = known_rows(ours, options, sources, n)
     how = sampler_options(config, options)
     watched = options.watch and sys.stdout.isatty()
+    if options.watch and not watched:
+        tell('--watch draws in a terminal only; here the texts alone are printed')
     if watched:
         how['on_call'] = frames_drawn(given, ours, nfe)
     rows, seconds = timed_rows(ours, given, nfe, options.seed, **how)

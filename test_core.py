@@ -28,6 +28,8 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
@@ -179,6 +181,80 @@ def test_bert_knows_lower_case_pieces(tmp_path):
     assert prepare_data.decode(encoding, ids) == 'the unable cat .'
 
 
+def bert_vocabulary(tmp_path):
+    """The --tokenizer of a small vocabulary that begins and continues words with any letter."""
+    path = tmp_path / 'vocab.txt'
+    letters = 'abcdefghijklmnopqrstuvwxyz'
+    path.write_text('\n'.join([*letters, *(f'##{letter}' for letter in letters), '.']))
+    return f'bert:{path}'
+
+
+@pytest.mark.parametrize('text, unknown', [
+    ('\U0001f600 hi', '\U0001f600'),
+    ('a \u4e66\u3002\u4e66', '\u4e66'),
+    ('hi.\u6211', '\u6211'),
+])
+def test_what_bert_cannot_write_is_an_error(tmp_path, capsys, text, unknown):
+    """Characters of a prompt that are dropped in silence."""
+    spec = prepare_data.make_tokenizer(bert_vocabulary(tmp_path), [])
+
+    with pytest.raises(SystemExit) as end:
+        prepare_data.encode(prepare_data.make_encoding(spec), text)
+
+    assert end.value.code == 2
+    assert f'{unknown!r} is not in the vocabulary of bert' in capsys.readouterr().err
+
+
+def test_rows_that_bert_cannot_write_are_left_out_and_counted(tmp_path, capsys):
+    """Rows with holes in them, where characters were dropped in silence."""
+    known = [f'{a}{b} hi .' for a in 'abcdefgh' for b in 'abcdefgh']
+    path = tmp_path / 'a.txt'
+    path.write_text('\n'.join([*known, 'hi \U0001f600', '\u6211\u4eec']), encoding='utf-8')
+
+    status, out, err = prepare(capsys, 'a', '--input', path, '--data', tmp_path / 'd', '--rows',
+                               '--tokenizer', bert_vocabulary(tmp_path), '--length', 8)
+    meta, train, val = prepare_data.load_dataset(tmp_path / 'd/a')
+
+    assert status == 0, err
+    assert 'left out: 2 with characters that bert does not know\n' in out
+    assert sorted(texts_of(train, meta) + texts_of(val, meta)) == known
+
+
+def test_characters_of_a_stream_that_bert_cannot_write_are_counted(tmp_path, monkeypatch, capsys):
+    """Characters dropped in silence, of a file or of a table of the hub."""
+    texts = ['hi there.'] * 60 + ['hi \U0001f600 \u6211\u4eec']
+    path = tmp_path / 'a.txt'
+    path.write_text('\n'.join(texts), encoding='utf-8')
+    command = ('lm1b', '--tokenizer', bert_vocabulary(tmp_path), '--length', 8)
+    said = 'left out: 3 characters that bert does not know\n'
+
+    status, out, err = prepare(capsys, *command, '--input', path, '--data', tmp_path / 'd')
+
+    assert status == 0, err
+    assert said in out
+    datasets = pytest.importorskip('datasets')
+    table = datasets.Dataset.from_dict({'text': texts})
+    monkeypatch.setattr(datasets, 'load_dataset', lambda **how: table)
+    monkeypatch.setattr(prepare_data.logging, 'disable', lambda: None)
+    _, out, _ = prepare(capsys, *command, '--data', tmp_path / 'hub')
+    assert said in out
+
+
+@pytest.mark.parametrize('error', [ConnectionError('no'), ValueError('hash')])
+def test_a_tokenizer_that_cannot_be_fetched_says_why(tmp_path, monkeypatch, capsys, error):
+    """Advice on a folder, where the network is what is missing."""
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr('tiktoken.get_encoding', fails)
+    path = tmp_path / 'a.txt'
+    path.write_text('A text.')
+
+    message = prepare_refused(capsys, 'x', '--input', path, '--tokenizer', 'gpt2')
+
+    assert f'there is no network, or it failed ({type(error).__name__})' in message
+
+
 # -----------------------------------------------------------------------------
 # Dates and stories
 
@@ -200,10 +276,11 @@ def test_dates_tokenizer_has_its_size_and_rows_their_length():
     spec = prepare_data.make_tokenizer('dates', [text for pair in pairs for text in pair])
     encoding = prepare_data.make_encoding(spec)
 
-    ids, too_long = prepare_data.pack_rows(encoding, pairs, 23)
+    ids, sizes = prepare_data.pack_rows(encoding, pairs, 23)
 
     assert encoding.n_vocab == 48
-    assert too_long == 0
+    assert len(sizes) == len(pairs)
+    assert max(sizes) == 23
     meta = {'special': {'<eos>': 44, '<pad>': 45, '<sep>': 46, '<bos>': 47}, 'pairs': True,
             'kind': 'rows', 'tokenizer': spec}
     assert prepare_data.to_texts(prepare_data.as_rows(ids, 23), meta) == pairs
@@ -434,6 +511,36 @@ def test_several_files_and_a_folder_are_one_text(tmp_path, capsys):
     assert text == 'First. ' * 50 + '<eos>' + 'Second. ' * 50 + '<eos>Third. <eos>'
 
 
+def test_hidden_files_of_a_folder_are_no_text(tmp_path, capsys):
+    """A .DS_Store in a folder that stops everything, or is learnt."""
+    shards = tmp_path / 'shards'
+    (shards / '.git').mkdir(parents=True)
+    (shards / '.DS_Store').write_bytes(b'\0\xff')
+    (shards / '.git/config').write_text('no text')
+    (shards / 'a.txt').write_text(TEXT)
+    # named by the reader it is a text
+    hidden = tmp_path / '.notes'
+    hidden.write_text(TEXT)
+
+    for source in (shards, hidden):
+        _, train, val, encoding = prepared(capsys, source, 'x', '--tokenizer', 'byte')
+        assert encoding.decode([*train, *val]) == TEXT + '<eos>'
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, capsys):
+    """A text learnt twice, and held out while it is trained on."""
+    shards = tmp_path / 'shards'
+    shards.mkdir()
+    path = shards / 'a.txt'
+    path.write_text(TEXT)
+
+    prepare(capsys, 'x', '--input', path, shards, '--data', tmp_path, '--tokenizer', 'byte')
+    meta, train, val = prepare_data.load_dataset(tmp_path / 'x')
+    encoding = prepare_data.make_encoding(meta['tokenizer'])
+
+    assert encoding.decode([*train, *val]) == TEXT + '<eos>'
+
+
 @pytest.mark.parametrize('columns', prepare_data.PAIRS)
 def test_pairs_by_the_names_of_their_columns(tmp_path, capsys, columns):
     """Source and text exchanged, or a text of a pair in both splits."""
@@ -516,9 +623,29 @@ def test_rows_of_own_lines_and_what_is_left_out(tmp_path, capsys):
     meta, train, val = prepare_data.load_dataset(tmp_path / 'd/names')
 
     assert status == 0
-    assert 'left out: 2 empty, 1 duplicate, 1 too long for a row of 8 tokens\n' in out
+    assert 'left out: 2 empty, 1 duplicate, 1 of 61 too long for a row of 8 tokens\n' in out
     assert sorted(texts_of(train, meta) + texts_of(val, meta)) == sorted(names)
     assert (meta['kind'], meta['pairs']) == ('rows', False)
+
+
+@pytest.mark.parametrize('long, advice', [(8, ''), (50, '--length 31 would hold 95 % of them')])
+def test_a_length_is_advised_where_much_is_too_long(tmp_path, capsys, long, advice):
+    """Most of a text left out, with no word of what would hold it."""
+    # with their <eos> texts of 5, of 31 and of 91 tokens
+    texts = [f'{i:04}' for i in range(98 - long)] + [f'{i:030}' for i in range(long)]
+    path = tmp_path / 'a.txt'
+    path.write_text('\n'.join([*texts, 'x' * 90, 'y' * 90]))
+    command = ('a', '--input', path, '--data', tmp_path / 'd', '--rows', '--tokenizer', 'byte')
+
+    _, out, _ = prepare(capsys, *command, '--length', 8)
+    lines = out.splitlines()
+    _, enough, _ = prepare(capsys, *command, '--length', 31)
+
+    assert f'left out: {long + 2} of 100 too long for a row of 8 tokens' in lines
+    assert ('would hold' in out) == bool(advice)
+    if advice:
+        assert lines[lines.index(advice) - 1].startswith('left out: ')
+    assert 'left out: 2 of 100 too long' in enough
 
 
 def test_rows_of_json_records_keep_their_lines(tmp_path, capsys):
@@ -610,6 +737,13 @@ BAD_FILES = [
     ('a.jsonl', b'{"text": null}', 'holds no text'),
     ('a.txt', b'one\ntwo \xff\n', 'line 2: not UTF-8'),
     ('a.txt', UTF16, 'line 1: not UTF-8'),
+    ('a.txt', gzip.compress(UTF16), 'is packed with gzip; its name must end in .gz'),
+    ('a.jsonl', gzip.compress(UTF16), 'is packed with gzip; its name must end in .gz'),
+    ('a.txt', b'PAR1\xff\0PAR1', 'is parquet; its name must end in .parquet'),
+    ('a.csv', b'src,trg\na,b', 'a .csv is not read; save it as .tsv or .jsonl'),
+    ('a.CSV.gz', gzip.compress(b'a,b', mtime=0), 'a .csv is not read; save it as .tsv or .jsonl'),
+    ('a.json', b'[\n{"text": "a"},\n{"text": "b"}\n]', 'so write an array one record a line'),
+    ('a.json', b'[{"text": "a"}, {"text": "b"}]', 'so write an array one record a line'),
     ('a.jsonl', b'{"text": "\xe9"}', 'line 1: not UTF-8'),
     ('a.txt', b'one\n\0two', 'line 2: has a NUL'),
     ('a.jsonl', b'{"text": "a\\u0000"}', 'line 1: "text" has a NUL'),
@@ -692,10 +826,15 @@ def test_missing_forbidden_and_mixed_files(tmp_path, capsys, monkeypatch):
     ('lm1b --rows --input good.txt', 'a stream'),
     ('--input good.txt', 'python prepare_data.py mine --input good.txt'),
     ('pydocs --input good.txt', 'python prepare_data.py mine --input good.txt'),
+    ('--input=-good.txt', 'python prepare_data.py mine --input ./-good.txt'),
+    ('good.txt', 'is a file or a folder; give your text a name: python prepare_data.py mine'),
+    ('./good.txt', 'python prepare_data.py mine --input ./good.txt'),
+    ('..', 'python prepare_data.py mine --input ..'),
     ('x --input good.txt --data good.txt', 'cannot be written'),
     ('lm1b --data good.txt', 'the cache cannot be written'),
     ('x --input good.txt --length 60000', 'too little text'),
     ('x --input good.txt --rows --length 4', 'longer than a row'),
+    ('x --input good.txt --rows --length 4', '--length 9 would hold 95 % of them'),
 ])
 def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, words, said):
     """A traceback, two lines, or a file written for a command that cannot be."""
@@ -752,7 +891,7 @@ def test_help_names_every_option_and_default(capsys):
 
     assert end.value.code == 0
     for said in ('--input', '--rows', '--tokenizer', '--length', '--val', '--data', '[stories]',
-                 '[0.1]', '[data]', *prepare_data.HUB):
+                 '[0.1]', '[data]', 'lower case without line breaks', *prepare_data.HUB):
         assert said in text
 
 
@@ -852,7 +991,7 @@ def test_what_is_replaced_is_said(tmp_path, monkeypatch, capsys):
 
     assert 'replaced' not in first
     assert 'data/x is replaced; it held ' in second
-    assert 'from a.txt' in second
+    assert ', byte, from a.txt' in second
 
 
 @pytest.mark.parametrize('number, said', [(28, 'make room'), (13, 'may write to'),
@@ -883,6 +1022,28 @@ def test_next_commands_parse(tmp_path, monkeypatch, capsys):
     words = shlex.split(out.splitlines()[-1].removeprefix('next: '))
 
     assert words == ['python', 'train_teacher.py', '--data', 'my data/x']
+
+
+def test_a_name_that_begins_with_a_dash_is_no_option(tmp_path, monkeypatch, capsys):
+    """Advice that does not run, because a file or a folder is taken for an option."""
+    monkeypatch.chdir(tmp_path)
+    Path('-a.txt').write_text(TEXT)
+
+    _, out, _ = prepare(capsys, 'x', '--input=-a.txt', '--tokenizer', 'byte', '--data=-d')
+    with pytest.raises(SystemExit):
+        prepare_data.load_dataset('-a.txt')
+    of_a_file = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare_data.load_dataset('-e/dates')
+    of_a_folder = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare_data.newest_dataset('-e')
+    of_none = capsys.readouterr().err
+
+    assert out.endswith('train_teacher.py --data ./-d/x\n')
+    assert of_a_file.endswith('mine --input ./-a.txt\n')
+    assert of_a_folder.endswith('prepare_data.py dates --data ./-e\n')
+    assert of_none.endswith('prepare_data.py stories --data ./-e\n')
 
 
 # -----------------------------------------------------------------------------
@@ -921,7 +1082,7 @@ def test_as_rows_leaves_what_fills_no_row():
 
 
 @pytest.mark.parametrize('text', ['one two three. ', '\u05d0\u05d1\u05d2 \u05d3\u05d4. ',
-                                  '\u4e00\u4e8c\u4e09\u3002\u56db\u4e94\u3002'])
+                                  '\ud55c\uad6d\uc5b4 \uc2dc\ud5d8. '])
 def test_words_of_any_script_are_known(tmp_path, capsys, text):
     """`words` 0 for all but Latin letters, which switched off the choice of the best weights."""
     path = tmp_path / 'a.txt'
@@ -940,17 +1101,35 @@ def test_words_without_case_or_special_tokens():
     assert prepare_data.words_of('Stra\u00dfe ONE<eos>2 <pad>') == ['strasse', 'one']
 
 
-@pytest.mark.parametrize('text', ['1 2 3 4 ', '?! ... '])
+@pytest.mark.parametrize('text', [
+    '1 2 3 4 ', '?! ... ',
+    '\u6211\u4eec\u559c\u6b22\u770b\u4e66\u3002',                      # Chinese
+    '\u3053\u308c\u306f\u672c\u3067\u3059\u3002 ok ',                  # Japanese
+    '\u0e09\u0e31\u0e19\u0e23\u0e31\u0e01 ',                            # Thai
+    'gattacagattaca\n',                                                # DNA
+])
 def test_a_figure_without_meaning_is_left_out(tmp_path, capsys, text):
-    """`words` of texts that have none."""
+    """`words` of texts that have none, or that are written without spaces between them."""
     path = tmp_path / 'a.txt'
-    path.write_text(text * 100)
+    path.write_text(text * 100, encoding='utf-8')
     meta, train, val, _ = prepared(capsys, path, 'x', '--tokenizer', 'byte')
 
     figures = prepare_data.health(prepare_data.as_rows(val, 8), meta, tmp_path / 'prepared/x')
 
     assert set(figures) == {'entropy', 'unique'}
     assert prepare_data.entropy_of('aabb') == pytest.approx(math.log(2))
+
+
+def test_samples_without_words_have_no_share_of_known_ones(tmp_path, capsys):
+    """`words` 0.000 where there is nothing to know, as if each word were wrong."""
+    path = tmp_path / 'a.txt'
+    path.write_text('one two three ' * 100)
+    meta, train, _, _ = prepared(capsys, path, 'x', '--tokenizer', 'byte')
+    digits = prepare_data.encode(prepare_data.make_encoding(meta['tokenizer']), '1 2 3')
+
+    figures = prepare_data.health(np.array([digits]), meta, tmp_path / 'prepared/x')
+
+    assert set(figures) == {'entropy', 'unique'}
 
 
 def test_the_script_itself_runs(tmp_path):
@@ -3697,6 +3876,26 @@ def test_newest_student_is_taken_and_named(tmp_path, monkeypatch, capsys):
     assert str(new) in err
 
 
+def test_whatever_was_distilled_last_is_the_newest(tmp_path, monkeypatch, capsys):
+    """A distilled MDLM, or a refined student, that is passed over in silence for an older model."""
+    monkeypatch.chdir(tmp_path)
+    names = ['student', 'one-call', 'sdtt']
+    for name in names:
+        make_checkpoint(Path(f'out/{name}/{name}/model.pt'))
+
+    for name in names:
+        for other in names:
+            os.utime(f'out/{other}/{other}/model.pt', (1, 2 if other == name else 1))
+        taken = sample.default_checkpoint()
+        measured = bench.newest_pair()
+        out, err = capsys.readouterr()
+
+        assert taken == Path(f'out/{name}/{name}/model.pt')
+        assert str(taken) in err
+        assert measured == [f'out/{name}/{name}']
+        assert measured[0] in out
+
+
 def test_shipped_weights_where_nothing_was_trained(tmp_path, monkeypatch, capsys):
     """A fresh clone, or a folder without model.pt, ends in "no such checkpoint"."""
     monkeypatch.chdir(tmp_path)
@@ -3733,6 +3932,23 @@ def test_default_calls(tmp_path, capsys, config, calls):
     assert status == 0
     assert f'nfe {calls},' in err
     assert ('network calls' in err) == (calls > 1)
+
+
+def test_a_distilled_mdlm_makes_the_calls_that_it_has_learnt(tmp_path, teacher, capsys):
+    """A student of four calls that makes 64 by default, and is said to be no student."""
+    path = make_checkpoint(tmp_path / 'sdtt.pt', model='mdlm')
+    network, ckpt = models.load(path)
+    options = {**ckpt['options'], 'stage': 'masked', 'fewest': 4}
+    models.save(path, network, network, meta=ckpt['meta'], options=options, iter=7)
+
+    _, _, err = run_sample(capsys, path, '-n', 2)
+    _, out, _ = run_sample(capsys, path, '-n', 2, '--compare', teacher)
+    _, _, asked = run_sample(capsys, path, '-n', 2, '--nfe', 8)
+
+    assert 'nfe 4,' in err
+    assert 'not a student' not in err
+    assert any(line.startswith('sdtt  4 |') for line in out)
+    assert 'nfe 8,' in asked
 
 
 # -----------------------------------------------------------------------------
@@ -3821,6 +4037,20 @@ def test_sources_on_stdin_keep_their_order(tmp_path, monkeypatch, capsys):
     assert status == 0
     sources = [line.split(' -> ')[0] for line in out]
     assert sources == ['1987-03-23', '1987-03-23', '2024-02-29', '2024-02-29']
+
+
+def test_a_byte_order_mark_is_no_part_of_a_source(tmp_path, monkeypatch, capsys):
+    """The first source of a file from Windows, which then begins with a sign nobody sees."""
+    path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, two_time=True)
+    lines = tmp_path / 'lines.txt'
+    lines.write_text('\ufeff1987-03-23\n2024-02-29\n', encoding='utf-8')
+
+    with open(lines, encoding='utf-8') as stdin:
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        status, out, err = run_sample(capsys, path, '-n', 1)
+
+    assert status == 0, err
+    assert [line.split(' -> ')[0] for line in out] == ['1987-03-23', '2024-02-29']
 
 
 def test_spaces_around_a_source_are_dropped(tmp_path, capsys):
@@ -4015,9 +4245,11 @@ def test_mbr_prints_one_row_for_each_source(student, capsys):
 def test_watch_without_a_terminal_prints_nothing_extra(teacher, capsys):
     """Control characters and half-done texts land in a file."""
     _, plain, _ = run_sample(capsys, teacher, '--nfe', 3)
-    _, watched, _ = run_sample(capsys, teacher, '--nfe', 3, '--watch')
+    _, watched, err = run_sample(capsys, teacher, '--nfe', 3, '--watch')
 
     assert plain == watched
+    # nor is the option ignored without a word
+    assert '--watch' in err
 
 
 class Terminal:
@@ -4498,6 +4730,49 @@ def test_distinct_and_rouge_by_hand():
     assert bench.rouge_l('the cat sat', 'the black cat ran') == pytest.approx(4 / 7)
 
 
+UNLIKE = {
+    'English': ('the cat sat on the mat', 'seven old dogs ran far away'),
+    'Greek': ('η γάτα κάθισε στο χαλί', 'επτά σκύλοι έτρεξαν πολύ μακριά'),
+    'Arabic': ('جلست القطة على السجادة', 'ركض سبعة كلاب بعيدا جدا'),
+    'Hindi': ('बिल्ली चटाई पर बैठ गई', 'सात कुत्ते दूर भाग निकले'),
+    'Korean': ('고양이가 매트 위에 조용히 앉았다', '개 일곱 마리가 멀리 달아났다'),
+    'Chinese': ('猫坐在垫子上。', '七只老狗跑得很远！'),
+    'Japanese': ('ねこがマットにすわった', '七ひきの犬は遠くへ行く'),
+    'Thai': ('แมวนั่งบนเสื่อ', 'ฝูงสุนัขวิ่งหนีไปไกล'),
+}
+
+
+@pytest.mark.parametrize('language', UNLIKE)
+def test_scores_of_pairs_know_every_script(language):
+    """A right answer that scores 0, as its letters are not a to z or its words have no spaces."""
+    text, other = UNLIKE[language]
+
+    assert bench.rouge_l(text, text) == 1
+    assert bench.bleu(text, text) == pytest.approx(1)
+    assert bench.rouge_l(text, other) < 0.5
+    assert bench.bleu(text, other) < 0.5
+
+
+def test_words_of_scripts_without_spaces_are_their_characters():
+    """A Chinese text that is one word, so that none is ever repeated and none is in common."""
+    assert bench.split_words('我爱 北京。ok, go') == ['我', '爱', '北', '京', '。', 'ok,', 'go']
+    assert bench.distinct(['好好好好'], 1) == 1 / 4
+    assert bench.rouge_l('我爱你', '我爱她') == pytest.approx(2 / 3)
+    assert bench.self_bleu(['我爱北京天安门'] * 2) == pytest.approx(1)
+    assert bench.most_alike(['七只老狗跑', '我爱北京天', '我爱北京啊']) > 0
+
+
+def test_scores_of_latin_text_are_those_that_others_publish():
+    """Words of our own in an English text, whose figures no longer compare with any other."""
+    text = "Don't ask; what's 1,000 x_y of THIS -- (again)? e-mail me\tat a.b@c.de!"
+    other = 'What is 1000 of this? Mail ME at a b (c) de, again and again.'
+    theirs = RougeScorer(['rougeL'])
+
+    assert bench.split_words(text) == text.split()
+    assert bench.RougeWords().tokenize(text) == DefaultTokenizer().tokenize(text)
+    assert bench.rouge_l(text, other) == theirs.score(other, text)['rougeL'].fmeasure
+
+
 def test_the_choice_is_the_text_most_like_the_others():
     """The first or the longest sample in place of the minimum-Bayes-risk choice."""
     texts = ['no word of these here', 'the cat sat on the mat', 'the cat sat on the red mat',
@@ -4602,10 +4877,59 @@ def test_quality_of_pairs(pairs, capsys):
     run_bench(capsys, 'quality', 'm.pt', '--nfe', 2, '--rows', 6, '--per-source', 3,
               '--out', 'many.json')
 
-    one, many = [json.loads(Path(name).read_text())['runs'][0]['seeds'][0]
+    one, many = [json.loads(Path(name).read_text())['runs'][-1]['seeds'][0]
                  for name in ('one.json', 'many.json')]
     assert {'bleu', 'rouge_l', 'dist1', 'unique'} <= set(one)
     assert set(many) - set(one) == {'self_bleu', 'div4'}
+
+
+def test_figures_of_pairs_stand_beside_what_needs_no_model(pairs, capsys):
+    """A BLEU of 0.1 that a copy of the source has as well, or any other target."""
+    make_model(Path('m.pt'), pairs, two_time=True)
+
+    status, out, err = run_bench(capsys, 'quality', 'm.pt', '--nfe', 1, '--rows', 8, '--seeds', 2,
+                                 '--out', 'q.json')
+
+    assert status == 0, err
+    copy, another, ours = json.loads(Path('q.json').read_text())['runs']
+    assert (copy['model'], copy['nfe']) == ('the source itself', '')
+    assert (another['model'], another['nfe']) == ('another target', '')
+    assert '| another target |  |' in out
+    for seed in (0, 1):
+        # '7' beside 'tell me 7 more', then 'tell me 8 more', of which three words are right
+        assert copy['seeds'][seed]['rouge_l'] == pytest.approx(2 / 5)
+        assert another['seeds'][seed]['rouge_l'] == pytest.approx(3 / 4)
+        assert set(ours['seeds'][seed]) - set(copy['seeds'][seed]) == {'ms_per_row'}
+
+
+def test_another_target_is_that_of_another_source(pairs, capsys):
+    """Samples of one source that are scored against each other's target, which is their own."""
+    make_model(Path('m.pt'), pairs, two_time=True)
+
+    for words in (['--per-source', 2], ['--mbr', 2]):
+        run_bench(capsys, 'quality', 'm.pt', '--nfe', 1, '--rows', 8, *words, '--out', 'q.json')
+        runs = json.loads(Path('q.json').read_text())['runs']
+
+        assert runs[1]['model'] == 'another target'
+        assert runs[1]['seeds'][0]['rouge_l'] == pytest.approx(3 / 4)
+
+    # of a single source there is none
+    run_bench(capsys, 'quality', 'm.pt', '--nfe', 1, '--rows', 1, '--out', 'q.json')
+    runs = json.loads(Path('q.json').read_text())['runs']
+    assert [run['model'] for run in runs] == ['the source itself', 'm.pt']
+
+
+def test_a_row_is_never_longer_than_rows_are(pairs):
+    """A copy of a long source that does not fit its row, and ends the run."""
+    meta, rows = held_out(pairs)
+    L = meta['length']
+    parts = prepare_data.split_rows(rows, meta)
+
+    again = bench.pair_rows(parts, meta)
+    long = bench.pair_rows([([1] * (L - 2), [2, 3, 4])], meta)
+
+    assert prepare_data.split_rows(again, meta) == parts
+    assert prepare_data.split_rows(long, meta) == [([1] * (L - 2), [2])]
 
 
 def test_quality_of_dates_needs_no_reference(here, capsys, monkeypatch):
@@ -4617,7 +4941,7 @@ def test_quality_of_dates_needs_no_reference(here, capsys, monkeypatch):
 
     status, _, _ = run_bench(capsys, 'quality', 'm.pt', '--nfe', 1, '--rows', 4, '--out', 'q.json')
 
-    figures = json.loads(Path('q.json').read_text())['runs'][0]['seeds'][0]
+    figures = json.loads(Path('q.json').read_text())['runs'][-1]['seeds'][0]
     assert status == 0
     assert set(figures) == {'valid', 'form_entropy', 'ms_per_row'}
 
@@ -4695,6 +5019,41 @@ def test_what_was_measured_outlives_a_stop(text, monkeypatch, capsys):
     assert [line['nfe'] for line in json.loads(Path('q.json').read_text())['runs']] == ['', '', 1]
 
 
+def test_earlier_figures_are_kept(text, quick, capsys):
+    """Yesterday's figures, or their picture, gone because the same command was run again."""
+    make_model(Path('m.pt'), text, two_time=True)
+    quality = ['quality', 'm.pt', '--nfe', 1, '--rows', 20]
+    Path('out').mkdir()
+    Path('out/quality-2.svg').write_text('a picture of mine')
+
+    run_bench(capsys, *quality)
+    first = Path('out/quality.json').read_bytes()
+    _, out, _ = run_bench(capsys, *quality)
+    for _ in range(2):
+        run_bench(capsys, 'speed', 'm.pt', '--nfe', 1, '--batch', 1)
+
+    assert Path('out/quality.json').read_bytes() == first
+    assert 'wrote out/quality-3.json and out/quality-3.svg' in out
+    assert Path('out/quality-2.svg').read_text() == 'a picture of mine'
+    assert {path.name for path in Path('out').iterdir()} == {
+        'quality.json', 'quality.svg', 'quality-2.svg', 'quality-3.json', 'quality-3.svg',
+        'speed.json', 'speed-2.json'}
+
+
+def test_a_file_that_was_named_is_replaced_and_it_is_said(text, capsys):
+    """Figures that are replaced without a word, or another file than the one that was named."""
+    make_model(Path('m.pt'), text, two_time=True)
+    quality = ['quality', 'm.pt', '--nfe', 1, '--rows', 20, '--out', 'q.json']
+
+    _, before, _ = run_bench(capsys, *quality)
+    Path('q.json').write_text('old')
+    _, after, _ = run_bench(capsys, *quality)
+
+    assert 'replac' not in before
+    assert 'q.json is there already, and will be replaced' in after
+    assert json.loads(Path('q.json').read_text())['runs']
+
+
 # -----------------------------------------------------------------------------
 # What is refused, and that it is refused before anything is measured
 
@@ -4761,9 +5120,42 @@ def test_too_little_held_out_text_is_refused_with_what_would_do(text, pairs, cap
 
     assert '--rows 20, or less' in bench_refused(capsys, 'quality', 'm.pt', '--rows', 21)
     assert '--rows 20, or less' in bench_refused(capsys, 'quality', 'p.pt', '--rows', 21)
-    assert '--rows 60, or less' in bench_refused(capsys, 'quality', 'p.pt', '--mbr', 3)
+    message = bench_refused(capsys, 'quality', 'p.pt', '--mbr', 3, '--rows', 500)
+    assert '--rows 60, or less' in message
     message = bench_refused(capsys, 'quality', 'p.pt', '--per-source', 4, '--rows', 3)
     assert 'at least the 4' in message
+
+
+@pytest.mark.parametrize('name, words, rows', [
+    ('m', [], 20), ('p', [], 20), ('p', ['--mbr', 3], 60), ('p', ['--per-source', 501], 501)])
+def test_without_a_number_there_are_as_many_rows_as_the_text_allows(text, pairs, capsys,
+                                                                   monkeypatch, name, words, rows):
+    """A default that small data are refused for, or fewer rows than the page says in silence."""
+    make_model(Path('m.pt'), text, two_time=True)
+    make_model(Path('p.pt'), pairs, two_time=True)
+    # one source of many samples would take long
+    monkeypatch.setattr(bench, 'measure', lambda *how: {'bleu': 1.0, 'ms_per_row': 1.0})
+    monkeypatch.setattr(bench, 'pair_references', lambda *how: None)
+    monkeypatch.setattr(bench, 'picture', lambda *how: None)
+
+    status, out, err = run_bench(capsys, 'quality', f'{name}.pt', '--nfe', 1, *words,
+                                 '--out', 'q.json')
+
+    assert status == 0, err
+    assert json.loads(Path('q.json').read_text())['options']['rows'] == rows
+    told = [line for line in out.splitlines() if 'hold out' in line]
+    assert len(told) == (rows != 501)
+    assert all(f'measuring {rows} ' in line for line in told)
+
+
+def test_a_model_that_is_named_twice_is_refused(text, capsys, no_samples):
+    """The same model measured twice, in two lines of one name."""
+    make_model(Path('out/a/model.pt'), text)
+
+    line = bench_refused(capsys, 'quality', 'out/a', './out/a/', '--rows', 20)
+
+    assert './out/a/' in line
+    assert 'twice' in line
 
 
 def test_options_without_effect_are_refused(text, pairs, capsys, no_samples):
@@ -4814,6 +5206,7 @@ def test_figures_that_cannot_be_written_are_refused_first(text, capsys, no_sampl
     Path('file').write_text('')
 
     assert 'is a folder' in bench_refused(capsys, *what.split(), '--out', 'data')
+    assert 'by the picture' in bench_refused(capsys, *what.split(), '--out', 'q.svg')
     assert 'cannot be written' in bench_refused(capsys, *what.split(), '--out', 'file/q.json')
 
 
@@ -5141,6 +5534,7 @@ ADVISED = [
     ('prepare_data.command_for', 'train_teacher.py --data data/damaged'),
     ('prepare_data.newest_dataset', 'train_teacher.py'),
     ('prepare_data.check', "prepare_data.py stories --input 'my text.txt' 'my text.txt'"),
+    ('prepare_data.check', "prepare_data.py 'my text.txt'"),
     ('prepare_data.main', "prepare_data.py mine --input 'my text.txt' --length 8"),
     ('prepare_data.main', "prepare_data.py mine --input 'my text.txt' --length 8 --data 'my data'"),
     ('train_teacher.advice', "train_teacher.py --data '{dozen}/data' --out 'my out/teacher'"),

@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 
 from model import Config, autocast, build, is_student, load, pick_device, time_axis, write_rows
-from prepare_data import (Parser, as_rows, command_for, divergence, expected_seen, fail, health,
-                          in_range, load_dataset, run_script, share, split_rows, story_figures,
-                          to_texts, why_not, write_whole)
+from prepare_data import (UNSPACED, Parser, as_rows, command_for, divergence, expected_seen, fail,
+                          health, in_range, load_dataset, run_script, share, split_rows,
+                          story_figures, to_texts, why_not, write_whole)
 from sample import newest_students
 from train_teacher import up_to
 
@@ -290,14 +290,9 @@ def generative_perplexity(rows, meta, scorer):
 # -----------------------------------------------------------------------------
 # Pairs: scores of sequence-to-sequence text. Words are split at spaces, as DiffuSeq scores them
 
-# ours: characters of scripts that put no spaces between words, each of which is taken for a word:
-# Thai and Lao, Burmese, Khmer, kana and the signs beside them, Chinese, wide signs, rarer Chinese
-UNSPACED = (r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff'
-            r'\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]')
-
 
 def split_words(text):
-    """A text's words, split at spaces, and each character of scripts without spaces."""
+    """A text's words, split at spaces; ours: each character of scripts without spaces is one."""
     return re.sub(UNSPACED, r' \g<0> ', text).split()
 
 

@@ -1241,9 +1241,10 @@ def words_of(text):
     return re.findall(r'[^\W\d_]+', text.casefold())
 
 
-# Thai and Lao, Myanmar, Khmer; then kana and Chinese characters
-UNSPACED = ('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff'
-            '\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]')
+# characters of scripts that put no spaces between words: Thai and Lao, Burmese, Khmer, kana and the
+# signs beside them, Chinese, wide signs, rarer Chinese
+UNSPACED = (r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff'
+            r'\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]')
 
 
 def has_spaces(words):
@@ -1272,7 +1273,7 @@ def health(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.
     dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
     stories: see story_figures. Else: entropy of a row's tokens (nats), share of unique rows, and of
-    words known from the folder `data`, unless it is gone or its text, or these, have no words."""
+    words known from the folder `data`, unless it is gone or its text has no words."""
     texts = to_texts(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
         forms = [(date_forms(source), text) for source, text in texts]
@@ -1288,8 +1289,8 @@ def health(rows, meta, data=''):
         known = corpus_words(str(data))
         words = words_of(' '.join(text for _, text in texts))
         # a text of digits or signs only has no words to know
-        if known and words:
-            figures['words'] = sum(word in known for word in words) / len(words)
+        if known:
+            figures['words'] = sum(word in known for word in words) / max(1, len(words))
     return figures
 
 

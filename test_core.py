@@ -1120,18 +1120,6 @@ def test_a_figure_without_meaning_is_left_out(tmp_path, capsys, text):
     assert prepare_data.entropy_of('aabb') == pytest.approx(math.log(2))
 
 
-def test_samples_without_words_have_no_share_of_known_ones(tmp_path, capsys):
-    """`words` 0.000 where there is nothing to know, as if each word were wrong."""
-    path = tmp_path / 'a.txt'
-    path.write_text('one two three ' * 100)
-    meta, train, _, _ = prepared(capsys, path, 'x', '--tokenizer', 'byte')
-    digits = prepare_data.encode(prepare_data.make_encoding(meta['tokenizer']), '1 2 3')
-
-    figures = prepare_data.health(np.array([digits]), meta, tmp_path / 'prepared/x')
-
-    assert set(figures) == {'entropy', 'unique'}
-
-
 def test_the_script_itself_runs(tmp_path):
     """A script that works only where it is imported."""
     (tmp_path / 'a.txt').write_text(TEXT)

@@ -27,15 +27,12 @@ lint: .venv
 data/%: | .venv
 	$(PY) prepare_data.py $*
 
-# the weights in assets/ are from here: a flow map, then two rounds in which a frozen student teaches
-# a copy of itself one call
+# the weights in assets/ are from here
 S = out/stories
 stories: data/stories
 	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2400 --eval-every 800
-	$(PY) distill.py $S/teacher --iters 300 --eval-every 150
-	$(PY) distill.py $S/teacher --guide $S/student --out $S/one-call-1 --iters 250 --eval-every 125
-	$(PY) distill.py $S/teacher --guide $S/one-call-1 --out $S/one-call --iters 250 --eval-every 125
-	$(PY) bench.py quality $S/teacher $S/student $S/one-call --nfe 1 2 4 8 32 --seeds 2 \
+	$(PY) distill.py $S/teacher --iters 3000 --lessons 30000 --eval-every 600
+	$(PY) bench.py quality $S/teacher $S/student --nfe 1 2 4 8 32 --rows 500 --seeds 2 \
 	  --out assets/stories.json
 
 # one call beside its rivals, all trained for about 13 minutes on one core (OMP_NUM_THREADS=1); the
@@ -51,7 +48,7 @@ short: data/stories
 	  $B/ar/teacher --nfe 1 2 4 8 32 --seeds 2 --out assets/stories-short.json
 
 weights:
-	$(PY) sample.py out/stories/one-call --export assets/stories-one-call.pt --overwrite
+	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite
 	$(PY) sample.py out/stories/teacher --export assets/stories-teacher.pt --overwrite
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt --overwrite
 	cd assets && sha256sum *.pt > SHA256SUMS
@@ -61,7 +58,8 @@ D = out/dates
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --channels 2 --no-hidden-input --stagger 0 \
 	  --iters 2500 --batch 64 --decay 0.9
-	$(PY) distill.py $D/teacher --method lagrangian --iters 600 --decay 0.9
+	$(PY) distill.py $D/teacher --method lagrangian --iters 600 --decay 0.9 --diagonal 0.25 \
+	  --boundary 0.5
 	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1
 	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call-2 --iters 800 --decay 1 \
 	  --lr 1e-3 --muon-lr 0.005

@@ -6,7 +6,7 @@ Write text with a trained model, in one network call by default.
     python sample.py --infill "Nora has _ _ books. She gives _ to Ben. Now she has _ books."
     python sample.py assets/dates-one-call.pt --source 2024-02-29
     python sample.py assets/stories-teacher.pt --nfe 64 --watch
-    python sample.py assets/stories-one-call.pt --compare assets/stories-teacher.pt
+    python sample.py assets/stories-student.pt --compare assets/stories-teacher.pt
 
 Texts go to stdout, one a line. Which model wrote them, and figures that tell text from noise, go to
 stderr.
@@ -35,7 +35,7 @@ from prepare_data import (Parser, count, encode, fail, health, make_encoding, po
 STUDENTS = ['student', 'one-call', 'sdtt']
 
 # the weights that come with this file
-SHIPPED = Path(__file__).parent / 'assets/stories-one-call.pt'
+SHIPPED = Path(__file__).parent / 'assets/stories-student.pt'
 
 # network calls of a teacher or of MDLM, unless --nfe says otherwise
 TEACHER_CALLS = 64

@@ -59,7 +59,8 @@ PAPER_SCORE = {
 PAPER_MASKED = {
     **PAPER, 'iters': 70_000, 'batch': 128, 'lr': 6e-5, 'beta2': 0.999, 'warmup': 500,
     'rounds': 7, 'fewest': 8}
-LAPTOP_MASKED = {**LAPTOP, 'iters': 700, 'eval_every': 350, 'rounds': 4, 'fewest': 4}
+LAPTOP_MASKED = {
+    **LAPTOP, 'given': 0.6, 'iters': 700, 'eval_every': 350, 'rounds': 4, 'fewest': 4}
 
 PRESETS = {
     ('laptop', 'flow map'): LAPTOP,

@@ -1533,7 +1533,8 @@ def test_what_the_teacher_has_answered_is_learnt_again():
     student = tiny(two_time=True)
     teacher = tiny(seed=1)
     tokens = torch.randint(8, (8, 6))
-    o = options(distill, '--lessons', 10, '--rollout', 2, '--parts', 1, kind='flow map')
+    o = options(distill, '--lessons', 10, '--rollout', 2, '--parts', 1, '--diagonal', 0.25,
+                kind='flow map')
     stage = distill.FlowMap(student, teacher, o)
     asked = []
     rollout = stage.target
@@ -5839,7 +5840,7 @@ def test_the_page_shows_what_the_shipped_student_writes(capsys):
     """Texts of other weights, or the best of many; a share of right ones that nobody measured."""
     status, out, _ = run_sample(capsys, HERE / 'assets/stories-student.pt')
 
-    shown = PAGE.split('and print\n\n')[1].split('\n\n')[0].split('\n')
+    shown = PAGE.split('and prints\n\n')[1].split('\n\n')[0].split('\n')
     assert status == 0
     assert len(out) == len(shown) == 8
     # another processor's rounding may decide a tie otherwise
@@ -5878,4 +5879,4 @@ def test_lines_of_the_page_fit_a_terminal():
     lines = [line for line in PAGE.split('\n') if not line.startswith(('|', '!'))]
 
     assert max(len(line) for line in lines) <= 100
-    assert len(PAGE.split('\n')) <= 185
+    assert len(PAGE.split('\n')) <= 210

@@ -247,7 +247,9 @@ class FlowMap:
 
     def times(self, n, cpu):
         """s, t and kind of each row, and which part of the batch it is in: (n,) each."""
-        return *time_pairs(n, self.o.diagonal, self.o.boundary, cpu), torch.arange(n) % self.o.parts
+        s, t, kind = time_pairs(n, self.o.diagonal, self.o.boundary, cpu)
+        part = torch.arange(n) % self.o.parts
+        return s, t, kind, part
 
     def __call__(self, tokens, given, times, rng):
         """

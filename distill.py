@@ -283,15 +283,17 @@ class FlowMap:
 
     def answered(self, jumps, lessons, rng):
         """The jumps with their targets, or in place of them as many lessons, if any are kept."""
-        n = len(jumps[0])
-        if lessons.most and lessons.full():
-            return lessons.draw(n, rng)
-        target = self.target(self.student, self.teacher, *jumps[:4], self.o)
         if lessons.most == 0:
-            return [*jumps, target]
-        # half precision is enough for probabilities
-        lessons.add([*jumps, target.half()])
-        return lessons.draw(n, rng)
+            return [*jumps, self.answer(jumps)]
+        if not lessons.full():
+            # half precision is enough for probabilities
+            lessons.add([*jumps, self.answer(jumps).half()])
+        return lessons.draw(len(jumps[0]), rng)
+
+    def answer(self, jumps):
+        """The targets (n, L, V) of jumps: h, given, s, t, kind."""
+        h, given, s, t, _ = jumps
+        return self.target(self.student, self.teacher, h, given, s, t, self.o)
 
 
 def sum_and_number(x):

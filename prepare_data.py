@@ -309,9 +309,10 @@ def encode(encoding, text, unknown=None):
         spaced = ''.join(' ' + word for word in words)
         ids = encoding.encode_ordinary(spaced)
         # tiktoken drops in silence what fits no token; what comes back has only the rest
+        written = encoding.decode(ids)
         dropped = Counter()
-        if encoding.decode(ids) != spaced:
-            dropped = Counter(spaced) - Counter(encoding.decode(ids))
+        if written != spaced:
+            dropped = Counter(spaced) - Counter(written)
         # a mark that begins no word of the vocabulary is written without its space
         del dropped[' ']
         if dropped and unknown is None:
@@ -1287,9 +1288,9 @@ def health(rows, meta, data=''):
     figures = {'entropy': sum(entropies) / len(entropies), 'unique': len(set(texts)) / len(texts)}
     if data and os.path.isfile(Path(data) / 'meta.json'):
         known = corpus_words(str(data))
-        words = words_of(' '.join(text for _, text in texts))
         # a text of digits or signs only has no words to know
         if known:
+            words = words_of(' '.join(text for _, text in texts))
             figures['words'] = sum(word in known for word in words) / max(1, len(words))
     return figures
 

@@ -5598,8 +5598,9 @@ def test_every_advice_is_in_the_table():
                 continue
             description = ast.get_docstring(function, clean=False)
             for node in ast.walk(function):
-                text = getattr(node, 'value', None) if isinstance(node, ast.Constant) else None
-                if isinstance(text, str) and text != description and 'python' in text.split():
+                if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+                    continue
+                if node.value != description and 'python' in node.value.split():
                     found.add(f'{script.__name__}.{function.name}')
 
     # what bench.parse holds is what it was called by, for its file of figures

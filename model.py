@@ -336,22 +336,24 @@ class OneHotFlow(Model):
         reader of all of x_t, of which the network sees C numbers. Returns the new taus.
         """
         grid = torch.linspace(0, 1, 33, device=tokens.device)
-        sums = torch.zeros(2, 33, device=tokens.device)  # of losses, and their number
-        # so many times of a row that a token goes through all 33
-        n = round(32 * (1 + self.config.stagger))
-        for tau in torch.linspace(0, 1, n + 1, device=tokens.device):
+        sums = torch.zeros(3, 33, device=tokens.device)  # of losses, of taus, and their number
+        # so many that near each of the 33 all tokens are met, equally often
+        n = round(64 * (1 + self.config.stagger))
+        for tau in (torch.arange(n, device=tokens.device) + 0.5) / n:
             # the same rows and noise each time, or the axis would get stairs
             rng = torch.Generator(tokens.device).manual_seed(seed)
             tau = tau.expand(len(tokens))
             logits = self.predict(self.corrupt(tokens, given, tau, rng), given, tau)
             nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction='none').flatten()
-            at = self.own_tau(tau, given).flatten()
+            at = self.token_tau(tau, given).flatten()
             # not those that have yet to begin, or are written
-            counted = ((given.flatten() < 0) & (at >= 0) & (at <= 1)).float()
-            place = (32 * at).round().long().clamp(0, 32)
-            sums.index_add_(1, place, torch.stack([nats * counted, counted]))
+            counted = ((given.flatten() < 0) & (at > 0) & (at < 1)).float()
+            seen = torch.stack([nats, at, torch.ones_like(at)]) * counted
+            sums.index_add_(1, (32 * at).round().long(), seen)
+        # as they were not met just at the 33, but around them
+        loss = interpolate(grid, sums[1] / sums[2], sums[0] / sums[2])
         # it falls, if only slightly
-        loss = torch.cummin(sums[0] / sums[1], 0).values - 1e-6 * grid
+        loss = torch.cummin(loss, 0).values - 1e-6 * grid
         # half of the old axis stays: one rough measure does little harm
         fallen = 0.5 * (loss[0] - loss) / (loss[0] - loss[-1]) + 0.5 * grid
         self.taus.copy_(interpolate(self.taus, grid, fallen))
@@ -361,10 +363,9 @@ class OneHotFlow(Model):
         """The time t at tau, any shape."""
         return interpolate(tau, self.taus, self.ts)
 
-    def own_tau(self, tau, given):
+    def token_tau(self, tau, given):
         """
-        Where each token (B, L) of rows at tau, (B,) or (1,), is on its way: at 0 it leaves the
-        noise, at 1 it is written; below and above it waits.
+        The tau of each token (B, L) of rows at tau, (B,) or (1,).
         ours (stagger): the first token to be written goes ahead, the last one begins when a share
         stagger / (1 + stagger) of the way is over; so a token can be decided knowing most of those
         before it (AR-Diffusion, arXiv:2305.09515). At 0 all are at the row's tau, as in the paper.
@@ -375,11 +376,7 @@ class OneHotFlow(Model):
         written = given < 0
         place = written.cumsum(1) - 1  # among those to be written: 0, 1, ...
         last = (written.sum(1, keepdim=True) - 1).clamp(min=1)
-        return (1 + w) * tau[:, None] - w * place / last
-
-    def token_tau(self, tau, given):
-        """The tau of each token (B, L) of rows at tau, (B,) or (1,); see own_tau."""
-        return self.own_tau(tau, given).clamp(0, 1)
+        return ((1 + w) * tau[:, None] - w * place / last).clamp(0, 1)
 
     def token_t(self, tau, given):
         """The t of each token of rows at tau, (B,) or (1,), to be used on (B, L, C): (B, L, 1)."""

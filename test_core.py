@@ -1232,19 +1232,23 @@ def test_axes_of_a_flow():
 
 @pytest.mark.parametrize('stagger', [0., 1., 3.])
 def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
-    """A time axis that follows the wrong curve, a row's time for a token's, or ends that wander."""
-    flow = tiny(stagger=stagger)
+    """
+    A time axis that follows the wrong curve, a row's time for a token's, ends that wander, or times
+    at which only hard tokens are seen, or only easy ones (a first version had a worse teacher).
+    """
+    flow = tiny(stagger=stagger, length=11)
     old = flow.taus.clone()
 
     def predict(h, given, tau):
-        # nats of token 0 at its own time: 1 - tau^2
-        p = torch.exp(flow.token_tau(tau, given) ** 2 - 1)
+        # nats of token 0 at its own time: 1 - tau^2, and more for later places
+        harder = 0.3 * torch.arange(given.shape[1])
+        p = torch.exp(flow.token_tau(tau, given) ** 2 - 1 - harder)
         others = torch.log((1 - p) / 11 + 1e-9)
         return torch.cat([p.log()[..., None], others[..., None].expand(-1, -1, 11)], -1)
 
     flow.predict = predict
-    given = torch.where(torch.arange(6) < 1, 0, nothing_given(2))
-    flow.refit_axis(torch.zeros(2, 6).long(), given, seed=0)
+    given = torch.where(torch.arange(11) < 1, 0, nothing_given(2, 11))
+    flow.refit_axis(torch.zeros(2, 11).long(), given, seed=0)
 
     assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
     assert (flow.taus.diff() > 0).all()

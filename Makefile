@@ -31,7 +31,7 @@ data/%: | .venv
 S = out/stories
 stories: data/stories
 	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2400 --eval-every 800
-	$(PY) distill.py $S/teacher --iters 3000 --lessons 30000 --eval-every 600
+	$(PY) distill.py $S/teacher --iters 6000 --lessons 60000 --eval-every 1000
 	$(PY) bench.py quality $S/teacher $S/student --nfe 1 2 4 8 32 --rows 500 --seeds 2 \
 	  --out assets/stories.json
 

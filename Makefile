@@ -35,14 +35,14 @@ stories: data/stories
 	$(PY) bench.py quality $S/teacher $S/student --nfe 1 2 4 8 32 --rows 500 --seeds 2 \
 	  --out assets/stories.json
 
-# one call beside its rivals, all trained for about 13 minutes on one core (OMP_NUM_THREADS=1); the
+# one call beside its rivals, all trained for about 16 minutes on one core (OMP_NUM_THREADS=1); the
 # autoregressive model needs less than four
 B = out/short
 short: data/stories
 	$(PY) train_teacher.py --data data/stories --out $B/flow/teacher
 	$(PY) distill.py $B/flow/teacher
-	$(PY) train_teacher.py --data data/stories --model mdlm --out $B/mdlm/teacher
-	$(PY) distill.py $B/mdlm/teacher
+	$(PY) train_teacher.py --data data/stories --model mdlm --out $B/mdlm/teacher --iters 1200
+	$(PY) distill.py $B/mdlm/teacher --iters 1000
 	$(PY) train_teacher.py --data data/stories --model ar --out $B/ar/teacher --iters 500
 	$(PY) bench.py quality $B/flow/teacher $B/flow/student $B/mdlm/teacher $B/mdlm/sdtt \
 	  $B/ar/teacher --nfe 1 2 4 8 32 --seeds 2 --out assets/stories-short.json

@@ -32,14 +32,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+# before torch, which takes seconds to load: Ctrl-C is one line from here on
+from prepare_data import (UNSPACED, Parser, as_rows, command_for, divergence, expected_seen, fail,
+                          health, in_range, load_dataset, run_script, share, split_rows,
+                          story_figures, to_texts, why_not, write_whole)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model import Config, autocast, build, is_student, load, pick_device, time_axis, write_rows
-from prepare_data import (UNSPACED, Parser, as_rows, command_for, divergence, expected_seen, fail,
-                          health, in_range, load_dataset, run_script, share, split_rows,
-                          story_figures, to_texts, why_not, write_whole)
 from sample import newest_students
 from train_teacher import up_to
 

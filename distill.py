@@ -24,13 +24,15 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# before torch, which takes seconds to load: Ctrl-C is one line from here on
+from prepare_data import Parser, count, health, load_dataset, positive, rate, run_script, share
+
 import torch
 import torch.nn.functional as F
 
 from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, draw, fail,
                    first_leg_weight, generator, is_student, load, newest_checkpoints, row_mean,
                    save, share_of, without_specials, write_rows)
-from prepare_data import Parser, count, health, load_dataset, positive, rate, run_script, share
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
                            even_times, get_batch, make_optimisers, parts_of, preset_adder,
                            restore, set_parts, start_processes, to_sample, update)

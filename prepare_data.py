@@ -68,6 +68,17 @@ def run_script(main):
         raise SystemExit(130) from None
 
 
+def say_stopped(kind, error, trace):
+    """What Python calls for an error that nobody caught: Ctrl-C while modules are being loaded."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f'{Path(sys.argv[0]).name}: stopped', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_stopped
+
+
 def as_word(path):
     """A path as a word of a command: one that begins with "-" would be taken for an option."""
     return f'./{path}' if str(path).startswith('-') else str(path)

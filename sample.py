@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+# before torch, which takes seconds to load: Ctrl-C is one line from here on
+from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
+                          run_script, share, split_rows, to_texts, write_whole)
+
 import torch
 
 from model import is_student, load, newest_checkpoints, pick_device, save, write_rows
-from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
-                          run_script, share, split_rows, to_texts, write_whole)
 
 # what distill.py calls the folders that it writes to, each beside its teacher's
 STUDENTS = ['student', 'one-call', 'sdtt']

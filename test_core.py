@@ -5411,6 +5411,23 @@ def test_a_process_that_fails_or_dies_is_an_error():
         bench.in_own_process(die)
 
 
+@pytest.mark.parametrize('script', ['sample', 'train_teacher', 'distill', 'bench'])
+def test_ctrl_c_while_torch_is_loaded_is_one_line(script, tmp_path):
+    """A traceback for someone who saw at once that the command line was wrong."""
+    slow = 'print("loading", flush=True)\nimport time\ntime.sleep(60)\n'
+    (tmp_path / 'torch.py').write_text(slow)
+    run = subprocess.Popen([sys.executable, HERE / f'{script}.py'], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+
+    assert run.stdout.readline() == 'loading\n'
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+
+    assert run.returncode != 0
+    assert said == f'{script}.py: stopped\n'
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='sends a POSIX signal')
 def test_ctrl_c_is_one_line_even_with_a_process_at_work(here):
     """Two tracebacks, or a process that goes on by itself."""

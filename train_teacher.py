@@ -25,14 +25,16 @@ from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
+# before torch, which takes seconds to load: Ctrl-C is one line from here on
+from prepare_data import (Parser, as_rows, count, load_dataset, newest_dataset, positive, rate,
+                          run_script, to_texts, why_not)
+from prepare_data import share as share_type
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from model import Config, autocast, build, fail, generator, load, pick_device, save
-from prepare_data import (Parser, as_rows, count, load_dataset, newest_dataset, positive, rate,
-                          run_script, to_texts, why_not)
-from prepare_data import share as share_type
 
 # -----------------------------------------------------------------------------
 # Options

@@ -1234,7 +1234,7 @@ def test_axes_of_a_flow():
 def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
     """
     A time axis that follows the wrong curve, a row's time for a token's, ends that wander, or times
-    at which only hard tokens are seen, or only easy ones (a first version had a worse teacher).
+    at which only hard tokens are seen, or only easy ones.
     """
     flow = tiny(stagger=stagger, length=11)
     old = flow.taus.clone()

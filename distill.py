@@ -30,9 +30,9 @@ from prepare_data import Parser, count, health, load_dataset, positive, rate, ru
 import torch
 import torch.nn.functional as F
 
-from model import (GRAIN, ONE_CALL_START, autocast, build, checkpoint_path, draw, fail,
-                   first_leg_weight, generator, is_student, load, newest_checkpoints, row_mean,
-                   save, share_of, without_specials, write_rows)
+from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_path, draw,
+                   fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
+                   row_mean, save, share_of, without_specials, write_rows)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
                            even_times, get_batch, make_optimisers, parts_of, preset_adder,
                            restore, set_parts, start_processes, to_sample, update)
@@ -813,10 +813,10 @@ def prepare(o):
         parents['guide'] = {'crc': zlib.crc32(checkpoint_path(o.guide).read_bytes())}
     # beside the teacher's folder; a file such as a shipped one has none
     beside = path.parent.parent if path.name == 'model.pt' else Path('out') / meta['name']
-    name = 'one-call' if o.guide else 'student'
+    kind = 'refined' if o.guide else 'distilled'
     if o.stage == 'masked':
-        name = 'sdtt'
-    out = Path(o.out or beside / name)
+        kind = 'mdlm'
+    out = Path(o.out or beside / STUDENTS[kind])
     ckpt = check_out(out, o, meta, **parents)
     about = dict(meta=meta, options=vars(o), **parents)
     return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)

@@ -42,6 +42,9 @@ ONE_CALL_START = 1 - 1491 / 2000
 # DiffuSeq's clean end is itself a little noisy, x = E[token] + 0.121 n: its b at index 0
 GRAIN = 0.121
 
+# folders that distill.py writes to, each beside its teacher's
+STUDENTS = {'distilled': 'student', 'refined': 'one-call', 'mdlm': 'sdtt'}
+
 
 @dataclass
 class Config:

@@ -64,19 +64,23 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt:
-        print(f'{Path(sys.argv[0]).name}: stopped', file=sys.stderr)
+        say_stopped()
         raise SystemExit(130) from None
 
 
-def say_stopped(kind, error, trace):
+def say_stopped():
+    print(f'{Path(sys.argv[0]).name}: stopped', file=sys.stderr)
+
+
+def uncaught(kind, error, trace):
     """What Python calls for an error that nobody caught: Ctrl-C while modules are being loaded."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f'{Path(sys.argv[0]).name}: stopped', file=sys.stderr)
+        say_stopped()
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = say_stopped
+sys.excepthook = uncaught
 
 
 def as_word(path):

@@ -31,10 +31,8 @@ from prepare_data import (Parser, count, encode, fail, health, make_encoding, po
 
 import torch
 
-from model import is_student, load, newest_checkpoints, pick_device, save, write_rows
-
-# what distill.py calls the folders that it writes to, each beside its teacher's
-STUDENTS = ['student', 'one-call', 'sdtt']
+from model import (STUDENTS, is_student, load, newest_checkpoints, pick_device, save,
+                   write_rows)
 
 # the weights that come with this file
 SHIPPED = Path(__file__).parent / 'assets/stories-student.pt'
@@ -229,7 +227,7 @@ def tell(message):
 def newest_students():
     """The files that distill.py has written under out/, the newest one first."""
     # a folder that has no model.pt yet, of a run that was stopped early, is no model
-    return newest_checkpoints(*[f'out/*/{name}/model.pt' for name in STUDENTS])
+    return newest_checkpoints(*[f'out/*/{name}/model.pt' for name in STUDENTS.values()])
 
 
 def default_checkpoint():

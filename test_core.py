@@ -1470,6 +1470,17 @@ def test_rollout_finds_the_exact_flow_map(s, t):
     assert (found.sum(-1) - 1).abs().max() < 1e-9
 
 
+def test_rollout_is_of_second_order():
+    """Steps as coarse as Euler's, whose error halves with twice as many."""
+    x, s, t, want = toy_jumps([.0, .2], [.9, .6])
+
+    few, many = [
+        (distill.rollout_target(ExactNet(), ExactNet(), x, None, s, t, Namespace(rollout=n)) - want
+         ).abs().max() for n in (40, 80)]
+
+    assert many < few / 3
+
+
 def test_weight_of_the_first_leg():
     """Two legs weighed such that no flow map fulfils it; a division by 0 at the ends."""
     s, u, t = torch.tensor([[.1, .3, .7], [0., .5, 1.], [.2, .2, .6], [.2, .6, .6]], dtype=DOUBLE).T
@@ -5762,7 +5773,8 @@ def test_the_page_says_what_the_presets_are():
     assert table['flow map: targets'][0] == 'semigroup; diagonal 1/2, of the rest 1/32 at (0, 1)'
     assert (jumps['paper']['method'], jumps['paper']['diagonal'],
             jumps['paper']['boundary']) == ('semigroup', 1 / 2, 1 / 32)
-    assert table['flow map: targets'][1] == '16 calls of the teacher; 1/8, 0.85'
+    assert table['flow map: targets'][1] == (
+        '16 calls of the teacher, steps of second order; 1/8, 0.85')
     assert (jumps['laptop']['method'], jumps['laptop']['diagonal'],
             jumps['laptop']['boundary']) == ('rollout', 1 / 8, 0.85)
     assert table['flow map: their number'][1].startswith(f'{jumps["laptop"]["lessons"]:,},')

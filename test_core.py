@@ -5789,7 +5789,12 @@ def test_the_page_says_what_the_presets_are():
 SYSTEMS = {
     'stories-short': {
         'FLM teacher': 'flow/teacher', 'FMLM student': 'flow/student', 'MDLM': 'mdlm/teacher',
+        "FLM teacher, the papers' way": 'paper/teacher',
+        "FMLM student, the papers' way": 'paper/student',
         'MDLM, distilled by SDTT': 'mdlm/sdtt', 'AR, with a cache': 'ar/teacher'},
+    'pydocs': {
+        'FLM teacher': 'pydocs/teacher', 'FMLM student': 'pydocs/student',
+        'MDLM': 'pydocs-mdlm/teacher'},
     'stories': {
         'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student'},
     'dates': {
@@ -5811,7 +5816,8 @@ COLUMNS = {
     'diversity': ('slot_entropy', '{:.3f}'), 'form entropy': ('form_entropy', '{:.3f}'),
     'ms a row': ('ms_per_row', '{:.1f}'), 'BLEU': ('bleu', '{:.3f}'),
     'ROUGE-L': ('rouge_l', '{:.3f}'), 'dist-1': ('dist1', '{:.3f}'),
-    'words': ('words', '{:.2f}'),
+    'words': ('words', '{:.2f}'), 'js1': ('js1', '{:.3f}'), 'js2': ('js2', '{:.3f}'),
+    'energy': ('energy', '{:.3f}'), 'entropy': ('entropy', '{:.2f}'),
 }
 
 

@@ -31,8 +31,9 @@ data/%: | .venv
 # the weights in assets/ are from here
 S = out/stories
 stories: data/stories
-	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2400 --eval-every 800
-	$(PY) distill.py $S/teacher --iters 6000 --lessons 60000 --eval-every 1000
+	$(PY) train_teacher.py --data data/stories --channels 2 --layers 6 --iters 2400 \
+	  --eval-every 800
+	$(PY) distill.py $S/teacher --iters 4500 --lessons 40000 --eval-every 1500
 	$(PY) bench.py quality $S/teacher $S/student --nfe 1 2 4 8 32 --rows 500 --seeds 2 \
 	  --out assets/stories.json
 
@@ -60,8 +61,8 @@ pydocs: data/pydocs
 	  --eval-every 650
 	$(PY) distill.py $P/teacher --lessons 6000 --iters 900
 	$(PY) train_teacher.py --data data/pydocs --model mdlm --iters 850 --eval-every 425
-	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 --seeds 2 \
-	  --out assets/pydocs.json
+	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \
+	  --rows 300 --seeds 2 --out assets/pydocs.json
 
 weights:
 	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite

@@ -5893,16 +5893,22 @@ def test_the_page_shows_what_the_shipped_student_writes(capsys):
         assert PERCENT.format(figure).replace('%', ' %') in said
 
 
-def test_the_page_says_what_was_measured_of_dates():
+@pytest.mark.parametrize('text, columns, lines', [
+    ('dates', ['valid'], [
+        ('dates', 'FMLM student', '1'), ('dates', 'the same, refined (ours)', '1'),
+        ('dates', 'MDLM', '8'), ('dates-diffuseq', 'DLM-One student', '1'),
+        ('dates-diffuseq', 'the same, refined (ours)', '1')]),
+    ('pydocs', ['words', 'js2'], [
+        ('pydocs', 'FMLM student', '1'), ('pydocs', 'FLM teacher', '32'),
+        ('pydocs', 'MDLM', '4'), ('pydocs', 'MDLM', '32')]),
+])
+def test_the_page_says_what_was_measured_of_other_texts(text, columns, lines):
     """Figures in a sentence that nobody compares with those measured."""
-    said = ' '.join(PAGE.split('**dates**')[1].split('\n\n')[0].split())
+    said = ' '.join(PAGE.split(f'**{text}**')[1].split('\n\n')[0].split())
 
-    for name, system, calls in [
-            ('dates', 'FMLM student', '1'), ('dates', 'the same, refined (ours)', '1'),
-            ('dates', 'MDLM', '8'), ('dates-diffuseq', 'DLM-One student', '1'),
-            ('dates-diffuseq', 'the same, refined (ours)', '1')]:
-        valid = PERCENT.format(measured(name, system, calls)['valid'])
-        assert valid.replace('%', ' %') in said
+    for name, system, calls in lines:
+        for column in columns:
+            assert written(column, name, system, calls) in said, (system, calls, column)
 
 
 def test_the_shipped_weights_are_those_of_the_list():

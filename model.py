@@ -342,15 +342,21 @@ class OneHotFlow(Model):
         sums = torch.zeros(3, 33, device=tokens.device)  # of losses, of taus, and their number
         # so many that near each of the 33 all tokens are met, equally often
         n = round(64 * (1 + self.config.stagger))
-        for tau in (torch.arange(n, device=tokens.device) + 0.5) / n:
-            # the same rows and noise each time, or the axis would get stairs
-            rng = torch.Generator(tokens.device).manual_seed(seed)
-            tau = tau.expand(len(tokens))
-            logits = self.predict(self.corrupt(tokens, given, tau, rng), given, tau)
-            nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction='none').flatten()
-            at = self.token_tau(tau, given).flatten()
+        # eight times at once: the launches of a GPU's small calls would take longer than the calls
+        for taus in ((torch.arange(n, device=tokens.device) + 0.5) / n).split(8):
+            h = []
+            for tau in taus:
+                # the same rows and noise each time, or the axis would get stairs
+                rng = torch.Generator(tokens.device).manual_seed(seed)
+                h.append(self.corrupt(tokens, given, tau.expand(len(tokens)), rng))
+            tau = taus.repeat_interleave(len(tokens))
+            text = tokens.repeat(len(taus), 1)
+            known = given.repeat(len(taus), 1)
+            logits = self.predict(torch.cat(h), known, tau)
+            nats = F.cross_entropy(logits.transpose(1, 2), text, reduction='none').flatten()
+            at = self.token_tau(tau, known).flatten()
             # not those that have yet to begin, or are written
-            counted = ((given.flatten() < 0) & (at > 0) & (at < 1)).float()
+            counted = ((known.flatten() < 0) & (at > 0) & (at < 1)).float()
             seen = torch.stack([nats, at, torch.ones_like(at)]) * counted
             sums.index_add_(1, (32 * at).round().long(), seen)
         # as they were not met just at the 33, but around them

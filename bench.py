@@ -41,7 +41,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Config, autocast, build, is_student, load, pick_device, time_axis, write_rows
+from model import (Config, autocast, build, compile_net, is_student, load, pick_device,
+                   round_weights, time_axis, write_rows)
 from sample import newest_students
 from train_teacher import up_to
 
@@ -974,9 +975,10 @@ def open_timed(name, layers, device):
     size = untrained_size(name)
     if size is None:
         model, _ = load(with_seed(name, 0), device)
-        return model
-    kind, shape = size
-    return new_model(kind, *shape, layers).to(device).eval()
+    else:
+        kind, shape = size
+        model = new_model(kind, *shape, layers).to(device).eval()
+    return round_weights(model)
 
 
 def check_timed(items, layers):
@@ -989,19 +991,29 @@ def check_timed(items, layers):
                 fail(f'{item}: ar makes one call for each token; leave out the @')
 
 
-def compile_net(model, device, graphs):
-    """torch.compile of the network; with `graphs` a call becomes one CUDA graph."""
+def compile_anew(model, device):
+    """torch.compile of the network, for the next shape it meets."""
     torch.compiler.reset()
-    if device.type != 'cuda':
-        # a rehearsal: traced, and then run as it is
-        model.net.compile(backend='eager')
-    elif graphs and model.config.model != 'ar':
-        model.net.compile(mode='reduce-overhead', dynamic=False)
-    else:
-        # the cache of ar grows, so every call would be a graph of its own
-        model.net.compile()
+    # on a CPU, a rehearsal: traced, and then run as it is
+    compile_net(model.net, backend='inductor' if device.type == 'cuda' else 'eager')
 
 
+def recorded(work):
+    """work() as one CUDA graph: a function that runs it again, without Python between kernels."""
+    # on a stream of its own, as CUDA asks for; the first runs compile, and allocate what stays
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+@torch.inference_mode()
 def write_nothing_given(model, rows, nfe):
     """Write so many rows, nothing given, as sample.py does."""
     device = next(model.parameters()).device
@@ -1010,9 +1022,10 @@ def write_nothing_given(model, rows, nfe):
         return model.sample(nothing, nfe)
 
 
-def time_writing(model, rows, nfe, rates, device):
+def time_writing(model, rows, nfe, rates, graph, device):
     """How long `rows` rows take in nfe calls, and the floor: a dict in a list."""
-    took = median_time(partial(write_nothing_given, model, rows, nfe), device)
+    work = partial(write_nothing_given, model, rows, nfe)
+    took = median_time(recorded(work) if graph else work, device)
     floor = least_time(model, rows, nfe, rates, 2 if device.type == 'cuda' else 4)
     return [{
         'batch': rows,
@@ -1038,9 +1051,10 @@ def time_models(report, items, batches, default_nfe, layers, compiled, device):
             free_memory(device)
             # one shape is compiled at a time: a second one would make shapes variables
             if compiled:
-                compile_net(model, device, graphs=True)
+                compile_anew(model, device)
+            graph = compiled and device.type == 'cuda'
             for nfe in calls:
-                report.attempt(name, nfe, time_writing, model, rows, nfe, rates, device)
+                report.attempt(name, nfe, time_writing, model, rows, nfe, rates, graph, device)
 
 
 def speed(options, device):
@@ -1097,7 +1111,7 @@ def training_step(formulation, size, layers, compiled, flops, device):
     rows, length, vocab, width = map(int, size.split(','))
     model = new_model('flm', length, vocab, width, layers).to(device)
     if compiled:
-        compile_net(model, device, graphs=False)
+        compile_anew(model, device)
     tokens = torch.randint(vocab, (rows, length), device=device)
     given = torch.full_like(tokens, -1)
     tau = torch.rand(rows, device=device)

@@ -30,8 +30,8 @@ from prepare_data import Parser, count, health, load_dataset, positive, rate, ru
 import torch
 import torch.nn.functional as F
 
-from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_path, draw,
-                   fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
+from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_path, compile_net,
+                   draw, fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
                    row_mean, save, share_of, without_specials, write_rows)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
                            even_times, get_batch, make_optimisers, parts_of, preset_adder,
@@ -643,10 +643,10 @@ def build_student(teacher, guide, o):
 
 
 def compile_on_gpu(o, device, models):
-    """torch.compile in place, so that the names of the weights stay as they are."""
+    """torch.compile of the networks, in place."""
     for model in models:
         if o.compile and device.type == 'cuda' and model is not None:
-            model.net.compile()
+            compile_net(model.net)
 
 
 def make_stage(student, guide, teacher, o):

@@ -31,8 +31,8 @@ from prepare_data import (Parser, count, encode, fail, health, make_encoding, po
 
 import torch
 
-from model import (STUDENTS, is_student, load, newest_checkpoints, pick_device, save,
-                   write_rows)
+from model import (STUDENTS, is_student, load, newest_checkpoints, pick_device, round_weights,
+                   save, write_rows)
 
 # the weights that come with this file
 SHIPPED = Path(__file__).parent / 'assets/stories-student.pt'
@@ -249,6 +249,7 @@ def make_writer(path, model, ckpt):
     data = options.get('data') or ckpt.get('teacher', {}).get('data', '')
     # SDTT changes nothing in the network that would tell a student from its teacher
     fewest = options['fewest'] if options.get('stage') == 'masked' else 0
+    model = round_weights(model)
     return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data, fewest)
 
 

@@ -1713,10 +1713,52 @@ def test_loss_and_its_gradient_in_chunks(monkeypatch, size, compiled):
     monkeypatch.setattr(models, 'positions_at_once', lambda device, vocab: size)
 
     if compiled:
-        flow.net.compile(backend='aot_eager')
+        models.compile_net(flow.net, backend='aot_eager')
     for target in (tokens, torch.eye(5)[tokens]):
         found = flow.predict(h, given, tau, target=target)
         assert all_close(with_gradient(found, flow), want)
+
+
+def test_an_odd_vocabulary_is_filled_up_in_bf16():
+    """A token that does not exist and is likely; gradients of weights that do not exist."""
+    flow = tiny(vocab=5, length=4)
+    tokens, given, tau = rows_with_a_prompt()
+    h = torch.randn(2, 4, 32)
+    p = torch.rand(2, 4, 5).softmax(-1)
+
+    def all_of_it():
+        factor = flow.noise_factor(8)
+        nats = flow.predict(h, given, tau, target=tokens)
+        logits = flow.predict(h, given, tau)
+        jumped = flow.jump(h, p, given, tau, torch.ones(2))
+        return factor, [factor.T @ factor, logits, jumped, *with_gradient(nats, flow)]
+
+    _, want = all_of_it()
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        factor, found = all_of_it()
+
+    assert factor.shape == (8, 32)
+    for a, b in zip(found, want, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() < 0.03 * b.norm() + 1e-3
+
+
+def test_rounded_weights_write_the_same(monkeypatch):
+    """Texts that depend on whether weights are rounded once or in each call."""
+    def in_bf16(device):
+        return torch.autocast('cpu', torch.bfloat16, cache_enabled=False)
+
+    monkeypatch.setattr(models, 'autocast', in_bf16)
+    flow = tiny(two_time=True)
+    given = nothing_given(64)
+    want, _ = models.write_rows(flow, given, 3, seed=1)
+
+    models.round_weights(flow)
+
+    assert flow.net.head.weight.dtype == torch.bfloat16
+    found, _ = models.write_rows(flow, given, 3, seed=1)
+    assert found.equal(want)
+    assert len(found.unique(dim=0)) > 30
 
 
 def test_loss_of_probabilities_and_its_gradient():
@@ -5492,16 +5534,20 @@ def test_a_step_that_fails_does_not_lose_the_rest(here, one_process, capsys, mon
     assert not Path('g/gpu-samplers.json').exists()
 
 
-def test_only_ar_goes_without_a_graph(monkeypatch):
-    """A graph for each length of the cache, or a student without one."""
-    seen = []
-    for kind in ('student', 'ar'):
-        network = untrained(kind)
-        monkeypatch.setattr(network.net, 'compile', lambda **how: seen.append(how))
-        bench.compile_net(network, torch.device('cuda'), graphs=True)
-        bench.compile_net(network, torch.device('cuda'), graphs=False)
+def test_what_is_compiled_serves_all_blocks(monkeypatch):
+    """Twelve blocks compiled one by one, or a part that stays as it was."""
+    from torch._dynamo.utils import counters
+    network = tiny(layers=12)
+    counters.clear()
 
-    assert seen == [{'mode': 'reduce-overhead', 'dynamic': False}, {}, {}, {}]
+    bench.compile_anew(network, torch.device('cpu'))
+    given = nothing_given(2, network.config.length)
+    for _ in range(2):
+        network.sample(given, 1)
+        network.loss(given + 1, given, torch.rand(2)).mean()
+
+    # a block and the end, without gradient and with it
+    assert counters['stats']['unique_graphs'] == 4
 
 
 # -----------------------------------------------------------------------------
@@ -5808,6 +5854,11 @@ SYSTEMS = {
         'student': 'student,32,2048,128', 'FLM teacher': 'flm,32,2048,128',
         'MDLM': 'mdlm,32,2048,128', 'AR, with a cache': 'ar,32,2048,128',
         'DiffuSeq, ancestral': 'diffuseq,32,2048,128'},
+    'gpu-call': {'student': 'student,128,50257,768'},
+    'gpu-samplers': {'MDLM': 'mdlm,128,50257,768', 'AR, with a cache': 'ar,128,50257,768'},
+    'gpu-train': {
+        'this code': 'projected 64,128,50257,768, compiled',
+        'one-hot rows': 'dense 64,128,50257,768, compiled'},
 }
 PERCENT = '{:.1%}'
 # the figure in a column, and how it is written
@@ -5818,6 +5869,8 @@ COLUMNS = {
     'ROUGE-L': ('rouge_l', '{:.3f}'), 'dist-1': ('dist1', '{:.3f}'),
     'words': ('words', '{:.2f}'), 'js1': ('js1', '{:.3f}'), 'js2': ('js2', '{:.3f}'),
     'energy': ('energy', '{:.3f}'), 'entropy': ('entropy', '{:.2f}'),
+    'ms': ('ms', '{:.1f}'), 'tokens/s': ('tokens_per_s', '{:,.0f}'), 'mfu': ('mfu', PERCENT),
+    'GB': ('peak_GB', '{:.1f}'),
 }
 
 
@@ -5855,7 +5908,8 @@ def measured(name, system, calls, batch=None):
 
 def written(column, name, system, calls):
     """A figure as the page has to write it."""
-    batches = {'one row, ms (times the floor)': 1, '64 rows, ms (times the floor)': 64}
+    batches = {'one row, ms (times the floor)': 1, '8 rows, ms (times the floor)': 8,
+               '64 rows, ms (times the floor)': 64, '256 rows, ms (times the floor)': 256}
     if column in batches:
         found = measured(name, system, calls, batches[column])
         ms = f'{found["ms"]:,.0f}' if found['ms'] >= 10 else f'{found["ms"]:.1f}'
@@ -5864,7 +5918,7 @@ def written(column, name, system, calls):
     return form.format(measured(name, system, calls)[key]).replace('%', ' %')
 
 
-@pytest.mark.parametrize('page', ['README.md', 'assets/results.md'])
+@pytest.mark.parametrize('page', ['README.md', 'assets/results.md', 'assets/speed.md'])
 def test_figures_of_the_page_are_those_that_were_measured(page):
     """A figure copied by hand, of an older version or another model."""
     tables = tables_of(HERE / page)
@@ -5900,6 +5954,9 @@ def test_the_page_shows_what_the_shipped_student_writes(capsys):
     ('pydocs', ['words', 'js2'], [
         ('pydocs', 'FMLM student', '1'), ('pydocs', 'FLM teacher', '32'),
         ('pydocs', 'MDLM', '4'), ('pydocs', 'MDLM', '32')]),
+    ('a GPU', ['one row, ms (times the floor)', '64 rows, ms (times the floor)'], [
+        ('gpu-call', 'student', '1'), ('gpu-samplers', 'MDLM', '8'),
+        ('gpu-samplers', 'AR, with a cache', '128')]),
 ])
 def test_the_page_says_what_was_measured_of_other_texts(text, columns, lines):
     """Figures in a sentence that nobody compares with those measured."""

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import Config, autocast, build, fail, generator, load, pick_device, save
+from model import Config, autocast, build, compile_net, fail, generator, load, pick_device, save
 
 # -----------------------------------------------------------------------------
 # Options
@@ -643,8 +643,7 @@ def main(o):
     model, ema, optimisers, start, kept = set_up(o, meta, out, device)
     bins = TauBins(device, kept if rank == 0 else None)
     if o.compile and device.type == 'cuda':
-        # in place: the names of the weights stay as they are
-        model.net.compile()
+        compile_net(model.net)
     log = Log(out, o.iters, start, o.batch * meta['length'])
     stopper = Stopper()
     size = sum(p.numel() for p in model.parameters()) / 1e6

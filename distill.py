@@ -489,9 +489,7 @@ def in_steps(flow, guess, h, given, s, t, calls, ahead=0.0):
         # a weighted mean of the aims along the way; of a jump to t = 1 only the last one counts
         target = two_legs(flow, target, aim, given, s, now, then)
         h = flow.jump(h, aim, given, now, then)
-    # an aim may lie a little beyond the probabilities
-    target = target.clamp(min=0)
-    return target / target.sum(-1, keepdim=True)
+    return target
 
 
 def rollout_target(student, teacher, h, given, s, t, o):
@@ -503,7 +501,10 @@ def rollout_target(student, teacher, h, given, s, t, o):
     def guess(h, now, then):
         return teacher.predict(h, given, now)
 
-    return in_steps(student, guess, h, given, s, t, o.rollout, ahead=0.5)
+    target = in_steps(student, guess, h, given, s, t, o.rollout, ahead=0.5)
+    # a step of second order may lie a little beyond the probabilities
+    target = target.clamp(min=0)
+    return target / target.sum(-1, keepdim=True)
 
 
 class Refine:

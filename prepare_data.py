@@ -1479,6 +1479,9 @@ def main(argv=None):
         print(advice)
     print(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; '
           f'{kind} of {length}; {tokenizer}, {V:,} tokens; {time.time() - start:.0f} s')
+    if args.name != 'stories':
+        better = '--stagger 0' if pairs else '--channels 8 --stagger 0'
+        print(f'the settings of a laptop are for stories; a flow of other text needs {better}')
     # the newest in data/ is what train_teacher.py takes anyway
     command = ['python', 'train_teacher.py']
     if Path(args.data) != Path('data'):

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (Config, autocast, build, compile_net, is_student, load, pick_device,
+from model import (Config, autocast, build, compile_net, has_bf16, is_student, load, pick_device,
                    round_weights, time_axis, write_rows)
 from sample import newest_students
 from train_teacher import up_to
@@ -882,8 +882,8 @@ def machine_rates(device):
     n = 8192 if cuda else 1024
     size = 2 ** 28 if cuda else 2 ** 26  # floats
     # in the type that models compute in
-    bf16 = cuda and torch.cuda.is_bf16_supported()
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
     flops = 2 * n ** 3 / median_time(lambda: a @ a, device)
     x, y = torch.empty(2, size, device=device)
     # each number is read and written
@@ -1026,7 +1026,7 @@ def time_writing(model, rows, nfe, rates, graph, device):
     """How long `rows` rows take in nfe calls, and the floor: a dict in a list."""
     work = partial(write_nothing_given, model, rows, nfe)
     took = median_time(recorded(work) if graph else work, device)
-    floor = least_time(model, rows, nfe, rates, 2 if device.type == 'cuda' else 4)
+    floor = least_time(model, rows, nfe, rates, 2 if has_bf16(device) else 4)
     return [{
         'batch': rows,
         'ms': 1000 * took,
@@ -1116,7 +1116,7 @@ def training_step(formulation, size, layers, compiled, flops, device):
     given = torch.full_like(tokens, -1)
     tau = torch.rand(rows, device=device)
     losses = model.loss if formulation == 'projected' else partial(dense_loss, model)
-    # on a CPU there is no bf16
+    # autocast of a CPU changes nothing
     types = torch.device('cpu') if formulation == 'dense fp32' else device
 
     def work():

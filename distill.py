@@ -474,9 +474,9 @@ class MaskedDistillation:
 
 def in_steps(flow, guess, h, given, s, t, calls, ahead=0.0):
     """
-    delta_{s,t}(h) in so many steps from s to t, along guess(h, now, then): (B, L, V). `ahead` 0.5
-    makes them of second order: half of the last step's change is added, which is what the guess
-    would be in the middle of the step (Adams and Bashforth's method).
+    delta_{s,t}(h) in so many steps from s to t, along guess(h, now, then), logits: (B, L, V).
+    `ahead` 0.5 makes them of second order: half of the last step's change is added, which is what
+    the guess would be in the middle of the step (Adams and Bashforth's method).
     """
     target = torch.zeros(())
     before = None
@@ -878,7 +878,8 @@ def main(o):
     if o.stage == 'flow map':
         make_lessons_again(stage, start, o, run)
     best = Best(ema, o, run.ckpt)
-    compile_on_gpu(o, run.device, [student, run.guide, run.teacher])
+    frozen_or_fake = [run.guide, run.teacher, *others_of(stage).values()]
+    compile_on_gpu(o, run.device, [student, *frozen_or_fake])
     log = Log(run.out, o.iters, start, o.batch * meta['length'])
     stopper = Stopper()
     cpu = torch.device('cpu')

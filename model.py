@@ -163,7 +163,7 @@ class Denoiser(nn.Module):
         # the time's shifts, scales and gates for all blocks at once, and for the head
         self.modulation = nn.Linear(config.cond, (6 * config.layers + 2) * D)
         self.head = nn.Linear(D, out)  # not tied to E
-        # what the last layer is put through; compile_net replaces them
+        # the functions that apply it; compile_net replaces them
         self.logits = capped_logits
         self.nats = row_nats
         # a flow's logits are softly capped, 30 tanh(z / 30), as in the paper's second version
@@ -356,17 +356,17 @@ class OneHotFlow(Model):
         sums = torch.zeros(3, 33, device=tokens.device)  # of losses, of taus, and their number
         # so many that near each of the 33 all tokens are met, equally often
         n = round(64 * (1 + self.config.stagger))
-        # eight times at once: the launches of a GPU's small calls would take longer than the calls
-        for taus in ((torch.arange(n, device=tokens.device) + 0.5) / n).split(8):
-            h = []
-            for tau in taus:
-                # the same rows and noise each time, or the axis would get stairs
-                rng = torch.Generator(tokens.device).manual_seed(seed)
-                h.append(self.corrupt(tokens, given, tau.expand(len(tokens)), rng))
-            tau = taus.repeat_interleave(len(tokens))
-            text = tokens.repeat(len(taus), 1)
-            known = given.repeat(len(taus), 1)
-            logits = self.predict(torch.cat(h), known, tau)
+        taus = (torch.arange(n, device=tokens.device) + 0.5) / n
+        # the same rows and noise each time, or the axis would get stairs
+        noise = self.noise(*tokens.shape, torch.Generator(tokens.device).manual_seed(seed))
+        # several times in a call, of which a GPU would wait for each; of a large V fewer
+        at_once = max(1, min(8, 2 ** 25 // (tokens.numel() * self.config.vocab)))
+        for part in taus.split(at_once):
+            tau = part.repeat_interleave(len(tokens))
+            text = tokens.repeat(len(part), 1)
+            known = given.repeat(len(part), 1)
+            h = self.mix(text, known, tau, noise.repeat(len(part), 1, 1))
+            logits = self.predict(h, known, tau)
             nats = F.cross_entropy(logits.transpose(1, 2), text, reduction='none').flatten()
             at = self.token_tau(tau, known).flatten()
             # not those that have yet to begin, or are written
@@ -408,8 +408,8 @@ class OneHotFlow(Model):
     def noise_factor(self, positions):
         """
         R (k, C) with R^T R = E^T E: z R has the law of eps E for z ~ N(0, I_k) at each position.
-        R is a Cholesky factor (k = C), for a product of V C^2, or E itself (k = V), whichever costs
-        less. Gradients reach E through both.
+        R is a Cholesky factor (k = C), for a product of V C^2, or E itself (k = V, filled up),
+        whichever costs less. Gradients reach E through both.
         """
         E = self.net.embed
         V, C = E.shape
@@ -432,10 +432,13 @@ class OneHotFlow(Model):
 
     def corrupt(self, tokens, given, tau, rng=None):
         """Noisy tokens (B, L) in rows at tau (B,) -> h (B, L, C); given ones stay clean."""
+        return self.mix(tokens, given, tau, self.noise(*tokens.shape, rng))
+
+    def mix(self, tokens, given, tau, noise):
+        """The same from this noise (B, L, C), eps E."""
         t = self.token_t(tau, given)
-        B, L = tokens.shape
         clean = self.embedded(tokens)
-        h = (1 - t) * self.noise(B, L, rng) + t * clean
+        h = (1 - t) * noise + t * clean
         return torch.where(given[..., None] < 0, h, clean)
 
     def predict(self, h, given, tau, tau_to=None, target=None):
@@ -773,15 +776,17 @@ def draw(p, rng=None):
 
 def fill_up(x, dim):
     """
-    x with zeros up to a multiple of 8 along `dim`, its side of V, for products in bf16; else x.
-    With an odd side, as GPT-2's 50,257, they take a GPU seven times as long (H100: 6.8 ms, not 1).
+    x in bf16 with zeros up to a multiple of 8 along `dim`, its side of V, where products are in
+    bf16; else x. With an odd side, as GPT-2's 50,257, such a product takes a GPU seven times as
+    long (H100: 6.8 ms, not 1.0).
     """
-    extra = -x.shape[dim] % 8
-    if extra == 0 or product_dtype(x.device) != torch.bfloat16:
+    dtype = product_dtype(x.device)
+    if dtype != torch.bfloat16:
         return x
+    extra = -x.shape[dim] % 8
     # F.pad takes a pair for each dimension, from the last one on
     others = (x.ndim - 1) - dim % x.ndim
-    return F.pad(x, [0, 0] * others + [0, extra])
+    return F.pad(x.to(dtype), [0, 0] * others + [0, extra])
 
 
 def capped_logits(y, weight, bias, cap):
@@ -915,11 +920,16 @@ def pick_device(name=''):
         fail(f'--device {name} is not available; leave it out to use what there is')
 
 
+def has_bf16(device):
+    """Whether it is a GPU that computes in bf16, and does not only emulate it."""
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(device):
     """bf16 where a GPU has it, fp32 elsewhere."""
-    has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported()
     # a cached cast of weights would outlive their update, or lack their gradient
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16, cache_enabled=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device),
+                          cache_enabled=False)
 
 
 def round_weights(model):
@@ -947,8 +957,9 @@ def generator(device, *key):
 def write_rows(model, given, nfe, seed, **how):
     """model.sample for given (B, L), at most 256 rows at a time: rows on the CPU, and seconds."""
     device = next(model.parameters()).device
+    # 2 keeps this noise apart from training's
     rng = generator(device, seed, 2)
-    # so that (rows, L, V) stays below 4 GB; 2 keeps this noise apart from training's
+    # so that (rows, L, V) stays below 4 GB
     rows_at_once = max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))
     rows = []
     start = time.perf_counter()

@@ -34,7 +34,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import Config, autocast, build, compile_net, fail, generator, load, pick_device, save
+from model import (Config, autocast, build, compile_net, fail, generator, has_bf16, load,
+                   pick_device, save)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -303,7 +304,7 @@ def orthogonalise(update):
     tall = update.shape[1] > update.shape[2]
     x = update.mT if tall else update
     # bf16 where the machine has it; most CPUs would emulate it, 17 times slower than fp32
-    if x.device.type == 'cuda' and torch.cuda.is_bf16_supported():
+    if has_bf16(x.device):
         x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):

@@ -57,14 +57,13 @@ short-%: data/stories
 	$(PY) train_teacher.py --data data/stories --model ar --out $B-$*/ar/teacher --iters 500 \
 	  --seed $*
 
-# the docstrings of Python: real text, too rich for two million parameters; MDLM had less than half
-# of the flow's time
+# the docstrings of Python: real text, too rich for two million parameters
 P = out/pydocs
 pydocs: data/pydocs
 	$(PY) train_teacher.py --data data/pydocs --channels 8 --stagger 0 --batch 64 --iters 2600 \
 	  --eval-every 650
 	$(PY) distill.py $P/teacher --lessons 6000 --iters 900
-	$(PY) train_teacher.py --data data/pydocs --model mdlm --iters 850 --eval-every 425
+	$(PY) train_teacher.py --data data/pydocs --model mdlm --iters 2400 --eval-every 600
 	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 300 --seeds 2 --out assets/pydocs.json
 

@@ -5864,6 +5864,7 @@ PERCENT = '{:.1%}'
 # the figure in a column, and how it is written
 COLUMNS = {
     'well formed': ('well_formed', PERCENT), 'valid': ('valid', PERCENT),
+    '+- valid': ('+- valid', PERCENT),
     'diversity': ('slot_entropy', '{:.3f}'), 'form entropy': ('form_entropy', '{:.3f}'),
     'ms a row': ('ms_per_row', '{:.1f}'), 'BLEU': ('bleu', '{:.3f}'),
     'ROUGE-L': ('rouge_l', '{:.3f}'), 'dist-1': ('dist1', '{:.3f}'),
@@ -5897,12 +5898,16 @@ def runs_of(name):
 
 
 def measured(name, system, calls, batch=None):
-    """Means over seeds of what a file of figures says of a model and its number of calls."""
+    """Means over seeds, and half the range, of what a file says of a model and its calls."""
     end = SYSTEMS[name][system]
     for run in runs_of(name):
         right_batch = batch is None or run['seeds'][0].get('batch') == batch
         if run['model'].endswith(end) and str(run['nfe']) == calls and right_batch:
-            return {key: mean for key, (mean, _) in bench.summary(run['seeds']).items()}
+            figures = {}
+            for key, (mean, half) in bench.summary(run['seeds']).items():
+                figures[key] = mean
+                figures[f'+- {key}'] = half
+            return figures
     raise AssertionError(f'{name}.json has no {system} of {calls} calls')
 
 

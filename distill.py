@@ -30,12 +30,12 @@ from prepare_data import Parser, count, health, load_dataset, positive, rate, ru
 import torch
 import torch.nn.functional as F
 
-from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_path, compile_net,
-                   draw, fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
+from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_path, draw,
+                   fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
                    row_mean, save, share_of, without_specials, write_rows)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
-                           even_times, get_batch, make_optimisers, parts_of, preset_adder,
-                           restore, set_parts, start_processes, to_sample, update)
+                           compile_on_gpu, even_times, get_batch, make_optimisers, parts_of,
+                           preset_adder, restore, set_parts, start_processes, to_sample, update)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -643,13 +643,6 @@ def build_student(teacher, guide, o):
     return student.to(next(teacher.parameters()).device)
 
 
-def compile_on_gpu(o, device, models):
-    """torch.compile of the networks, in place."""
-    for model in models:
-        if o.compile and device.type == 'cuda' and model is not None:
-            compile_net(model.net)
-
-
 def make_stage(student, guide, teacher, o):
     """The loss function of this run, and the optimisers of all that it trains."""
     if o.stage == 'score':
@@ -878,8 +871,8 @@ def main(o):
     if o.stage == 'flow map':
         make_lessons_again(stage, start, o, run)
     best = Best(ema, o, run.ckpt)
-    frozen_or_fake = [run.guide, run.teacher, *others_of(stage).values()]
-    compile_on_gpu(o, run.device, [student, *frozen_or_fake])
+    others = [run.guide, run.teacher, *others_of(stage).values()]
+    compile_on_gpu(o, run.device, [student, *others])
     log = Log(run.out, o.iters, start, o.batch * meta['length'])
     stopper = Stopper()
     cpu = torch.device('cpu')

@@ -5534,7 +5534,7 @@ def test_a_step_that_fails_does_not_lose_the_rest(here, one_process, capsys, mon
     assert not Path('g/gpu-samplers.json').exists()
 
 
-def test_what_is_compiled_serves_all_blocks(monkeypatch):
+def test_what_is_compiled_serves_all_blocks():
     """Twelve blocks compiled one by one, or a part that stays as it was."""
     from torch._dynamo.utils import counters
     network = tiny(layers=12)

@@ -594,6 +594,13 @@ def backward(model, batch, it, o, rank, world, bins):
         bins.add(tau, losses)
 
 
+def compile_on_gpu(o, device, models):
+    """torch.compile of the networks of models, in place; None stands for one that a run lacks."""
+    for model in models:
+        if o.compile and device.type == 'cuda' and model is not None:
+            compile_net(model.net)
+
+
 def set_up(o, meta, out, device):
     """Model, average, optimisers, first iteration and kept sums, from a checkpoint or fresh."""
     ckpt = check_out(out, o, meta)
@@ -643,8 +650,7 @@ def main(o):
     out = Path(o.out or f'out/{name}/teacher')
     model, ema, optimisers, start, kept = set_up(o, meta, out, device)
     bins = TauBins(device, kept if rank == 0 else None)
-    if o.compile and device.type == 'cuda':
-        compile_net(model.net)
+    compile_on_gpu(o, device, [model])
     log = Log(out, o.iters, start, o.batch * meta['length'])
     stopper = Stopper()
     size = sum(p.numel() for p in model.parameters()) / 1e6

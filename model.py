@@ -348,9 +348,11 @@ class OneHotFlow(Model):
     @torch.no_grad()
     def refit_axis(self, tokens, given, seed):
         """
-        ours: let tau rise as the network's own loss on these rows (B, L) falls, seen at 33 times of
-        tokens, so that each call of a sampler decides as much as any other. FLM's axis follows a
-        reader of all of x_t, of which the network sees C numbers. Returns the new taus.
+        ours: let tau rise as the root of the network's own loss on these rows (B, L) falls, seen at
+        33 times of tokens. By the loss itself each call of a sampler would decide as much as any
+        other; by its root more calls are left for the end, where few tokens are open, but each may
+        spoil its text (assets/ablations.md). FLM's axis follows a reader of all of x_t, of which
+        the network sees C numbers. Returns the new taus.
         """
         grid = torch.linspace(0, 1, 33, device=tokens.device)
         sums = torch.zeros(3, 33, device=tokens.device)  # of losses, of taus, and their number
@@ -377,9 +379,10 @@ class OneHotFlow(Model):
         loss = interpolate(grid, sums[1] / sums[2], sums[0] / sums[2])
         # it falls, if only slightly
         loss = torch.cummin(loss, 0).values - 1e-6 * grid
+        left = (loss - loss[-1]) / (loss[0] - loss[-1])
         # half of the old axis stays: one rough measure does little harm
-        fallen = 0.5 * (loss[0] - loss) / (loss[0] - loss[-1]) + 0.5 * grid
-        self.taus.copy_(interpolate(self.taus, grid, fallen))
+        new = 0.5 * (1 - left.sqrt()) + 0.5 * grid
+        self.taus.copy_(interpolate(self.taus, grid, new))
         return self.taus
 
     def t_of(self, tau):

@@ -1231,7 +1231,7 @@ def test_axes_of_a_flow():
 
 
 @pytest.mark.parametrize('stagger', [0., 1., 3.])
-def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
+def test_measured_axis_lets_tau_rise_as_the_root_of_the_loss_falls(stagger):
     """
     A time axis that follows the wrong curve, a row's time for a token's, ends that wander, or times
     at which only hard tokens are seen, or only easy ones.
@@ -1250,7 +1250,10 @@ def test_measured_axis_lets_tau_rise_as_the_loss_falls(stagger):
     given = torch.where(torch.arange(11) < 1, 0, nothing_given(2, 11))
     flow.refit_axis(torch.zeros(2, 11).long(), given, seed=0)
 
-    assert torch.allclose(flow.taus, .5 * old ** 2 + .5 * old, atol=2e-3)
+    want = .5 * (1 - (1 - old ** 2).sqrt()) + .5 * old
+    # the root is steep in the last of 32 stretches, which is a straight line there
+    before = old < 31 / 32
+    assert torch.allclose(flow.taus[before], want[before], atol=3e-3)
     assert (flow.taus.diff() > 0).all()
     assert flow.taus[0] == 0
     assert flow.taus[-1] == 1

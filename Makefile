@@ -73,30 +73,32 @@ weights:
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt --overwrite
 	cd assets && sha256sum *.pt > SHA256SUMS
 
-# a flow map, then three rounds in which a frozen student teaches a copy of itself one call
+# a flow map, then two rounds in which a frozen student teaches a copy of itself one call; eight calls
+# a lesson are enough here. The baseline is trained as long as teacher and student are
 D = out/dates
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --channels 2 --no-hidden-input --stagger 0 \
 	  --iters 2500 --batch 64 --decay 0.9
-	$(PY) distill.py $D/teacher --method lagrangian --iters 600 --decay 0.9 --diagonal 0.25 \
-	  --boundary 0.5
+	$(PY) distill.py $D/teacher --rollout 8 --lessons 20000 --iters 1200
 	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1
-	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call-2 --iters 800 --decay 1 \
+	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call --iters 800 --decay 1 \
 	  --lr 1e-3 --muon-lr 0.005
-	$(PY) distill.py $D/teacher --guide $D/one-call-2 --out $D/one-call --iters 700 --decay 1 \
-	  --lr 1e-3 --muon-lr 0.005
-	$(PY) bench.py quality $D/teacher $D/student $D/one-call --nfe 1 2 4 8 64 --rows 1000 --seeds 2 \
-	  --out assets/dates.json
+	$(PY) train_teacher.py --data data/dates --model mdlm --batch 64 --iters 5000
+	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D-mdlm/teacher --nfe 1 2 4 8 32 \
+	  --rows 500 --seeds 2 --out assets/dates.json
 
-# the other paper's pair: score distillation, then two such rounds
+# the other paper's pair: score distillation, with one noise for a row and with one for each position
+# as in the paper, then two such rounds
 Q = out/dates-diffuseq
 dates-diffuseq: data/dates
 	$(PY) train_teacher.py --data data/dates --model diffuseq --iters 1500 --decay 0.9
 	$(PY) distill.py $Q/teacher --iters 400 --decay 0.9 --eval-every 100
+	$(PY) distill.py $Q/teacher --no-row-noise --out $Q/position --iters 400 --decay 0.9 \
+	  --eval-every 100
 	$(PY) distill.py $Q/teacher --guide $Q/student --out $Q/one-call-1 --iters 600 --decay 1
 	$(PY) distill.py $Q/teacher --guide $Q/one-call-1 --out $Q/one-call --iters 700 --decay 1
-	$(PY) bench.py quality $Q/teacher $Q/student $Q/one-call --method ddim --nfe 1 4 50 --rows 1000 \
-	  --seeds 2 --out assets/dates-diffuseq.json
+	$(PY) bench.py quality $Q/teacher $Q/student $Q/position $Q/one-call --method ddim \
+	  --nfe 1 4 50 --rows 500 --seeds 2 --out assets/dates-diffuseq.json
 
 # real pairs: questions asked twice on Quora. The figures of the page are of another cut of the same
 # questions (--input), and of 100 sources

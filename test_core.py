@@ -5848,9 +5848,10 @@ SYSTEMS = {
         'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student'},
     'dates': {
         'FLM teacher': 'dates/teacher', 'FMLM student': 'dates/student',
-        'the same, refined (ours)': 'dates/one-call', 'MDLM': 'dates/mdlm'},
+        'the same, refined (ours)': 'dates/one-call', 'MDLM': 'dates-mdlm/teacher'},
     'dates-diffuseq': {
         'DiffuSeq teacher, ddim': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student',
+        "DLM-One student, the paper's noise": 'diffuseq/position',
         'the same, refined (ours)': 'diffuseq/one-call'},
     'qqp': {'DiffuSeq teacher': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student'},
     'speed': {
@@ -5958,6 +5959,7 @@ def test_the_page_shows_what_the_shipped_student_writes(capsys):
     ('dates', ['valid'], [
         ('dates', 'FMLM student', '1'), ('dates', 'the same, refined (ours)', '1'),
         ('dates', 'MDLM', '8'), ('dates-diffuseq', 'DLM-One student', '1'),
+        ('dates-diffuseq', "DLM-One student, the paper's noise", '1'),
         ('dates-diffuseq', 'the same, refined (ours)', '1')]),
     ('pydocs', ['words', 'js2'], [
         ('pydocs', 'FMLM student', '1'), ('pydocs', 'FLM teacher', '32'),

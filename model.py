@@ -379,6 +379,7 @@ class OneHotFlow(Model):
         loss = interpolate(grid, sums[1] / sums[2], sums[0] / sums[2])
         # it falls, if only slightly
         loss = torch.cummin(loss, 0).values - 1e-6 * grid
+        # the share of the loss that is left
         left = (loss - loss[-1]) / (loss[0] - loss[-1])
         # half of the old axis stays: one rough measure does little harm
         new = 0.5 * (1 - left.sqrt()) + 0.5 * grid

@@ -1385,6 +1385,16 @@ def shown_figure(lines):
     return 'entropy'
 
 
+def short_names(names):
+    """{name: what tells it from the others}: without the folders that all of them are in."""
+    paths = [Path(name).parts for name in names]
+    shared = 0
+    # the last part stays, whatever they share
+    while all(shared < len(parts) - 1 and parts[shared] == paths[0][shared] for parts in paths):
+        shared += 1
+    return {name: Path(*parts[shared:]).as_posix() for name, parts in zip(names, paths)}
+
+
 def plot_quality(axes, lines, key, by_time):
     """A figure against calls or milliseconds per row, one line for each model."""
     # one line of points for each model
@@ -1395,8 +1405,9 @@ def plot_quality(axes, lines, key, by_time):
             found = summary(runs)
             x = found['ms_per_row'][0] if by_time else nfe
             curves.setdefault(name, []).append((x, found[key][0]))
+    labels = short_names(list(curves))
     for name, points in curves.items():
-        axes.plot(*zip(*sorted(points)), 'o-', label=name)
+        axes.plot(*zip(*sorted(points)), 'o-', label=labels[name])
     axes.set(xlabel='ms per row' if by_time else 'network calls', ylabel=key)
     # 1, 2, 4, ...
     axes.set_xscale('log', base=2)
@@ -1417,8 +1428,9 @@ def flow_teachers(lines):
 
 def plot_time_axes(axes, teachers):
     """tau(t) of each teacher, beside the paper's."""
+    labels = short_names(list(teachers))
     for name, (ts, taus, _) in teachers.items():
-        axes.plot(ts, taus, label=name)
+        axes.plot(ts, taus, label=labels[name])
     ts, taus = time_axis(next(iter(teachers.values()))[2])
     axes.plot(ts, taus, 'k:', label="the paper's")
     axes.set(xlabel='time t', ylabel='tau')

@@ -5571,6 +5571,19 @@ def test_the_table_has_means_and_half_the_range():
     ]
 
 
+@pytest.mark.parametrize('names, short', [
+    (['out/a/teacher', 'out/a/student'], ['teacher', 'student']),
+    (['out/short-{seed}/flow/student', 'out/short-{seed}/mdlm/sdtt'],
+     ['flow/student', 'mdlm/sdtt']),
+    (['out/a', 'out/a/student'], ['a', 'a/student']),
+    (['out/a/student'], ['student']),
+    (['a.pt', '/b.pt'], ['a.pt', '/b.pt']),
+])
+def test_a_legend_leaves_out_what_all_names_share(names, short):
+    """A legend of folders that tell nothing apart; two models of one name."""
+    assert bench.short_names(names) == dict(zip(names, short))
+
+
 def test_a_picture_has_a_line_for_each_model_and_each_teachers_axis(text):
     """Real text drawn as a model; points of several models joined by one line."""
     make_model(Path('t.pt'), text)

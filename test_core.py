@@ -1392,6 +1392,7 @@ def exact_delta(x, s, t, calls=4000):
 
 class ExactNet:
     """Both networks of a distillation, without error; h is x itself (E = identity), tau is t."""
+    config = Namespace(stagger=0.0)
 
     def predict(self, h, given, tau, tau_to=None):
         if tau_to is None:
@@ -1442,17 +1443,22 @@ class NotingNet(ExactNet):
         return torch.zeros_like(h)
 
 
-@pytest.mark.parametrize('target, asked', [
-    (distill.semigroup_target, [('student', .2, .6), ('student', .6, 1.)]),
-    (distill.lagrangian_target, [('student', .2, .92), ('teacher', .92)]),
-    (distill.eulerian_target, [('teacher', .2), ('student', .28, 1.)]),
-    (distill.rollout_target, [('teacher', .2), ('teacher', .4), ('teacher', .6), ('teacher', .8)]),
+@pytest.mark.parametrize('target, stagger, asked', [
+    (distill.semigroup_target, 0., [('student', .2, .6), ('student', .6, 1.)]),
+    (distill.lagrangian_target, 0., [('student', .2, .92), ('teacher', .92)]),
+    (distill.eulerian_target, 0., [('teacher', .2), ('student', .28, 1.)]),
+    (distill.rollout_target, 0.,
+     [('teacher', .2), ('teacher', .4), ('teacher', .6), ('teacher', .8)]),
+    # the first steps are shorter: 1/8 and 0.354 and 0.65 of the way
+    (distill.rollout_target, 3.,
+     [('teacher', .2), ('teacher', .3), ('teacher', .482843), ('teacher', .719615)]),
 ])
-def test_who_is_asked_for_a_target_and_at_which_times(target, asked):
+def test_who_is_asked_for_a_target_and_at_which_times(target, stagger, asked):
     """A student that only learns from itself; at the exact flow map all legs are as good."""
     found = []
     student = NotingNet('student', found)
     teacher = NotingNet('teacher', found)
+    teacher.config = Namespace(stagger=stagger)
     s = torch.tensor([.2], dtype=DOUBLE)
     t = torch.tensor([1.], dtype=DOUBLE)
 
@@ -1473,12 +1479,15 @@ def test_rollout_finds_the_exact_flow_map(s, t):
     assert (found.sum(-1) - 1).abs().max() < 1e-9
 
 
-def test_rollout_is_of_second_order():
-    """Steps as coarse as Euler's, whose error halves with twice as many."""
+@pytest.mark.parametrize('stagger', [0.0, 3.0])
+def test_rollout_is_of_second_order(stagger):
+    """Steps as coarse as Euler's, whose error halves with twice as many; of uneven ones, too."""
     x, s, t, want = toy_jumps([.0, .2], [.9, .6])
+    net = ExactNet()
+    net.config = Namespace(stagger=stagger)
 
     few, many = [
-        (distill.rollout_target(ExactNet(), ExactNet(), x, None, s, t, Namespace(rollout=n)) - want
+        (distill.rollout_target(net, net, x, None, s, t, Namespace(rollout=n)) - want
          ).abs().max() for n in (40, 80)]
 
     assert many < few / 3

@@ -31,9 +31,8 @@ data/%: | .venv
 # the weights in assets/ are from here
 S = out/stories
 stories: data/stories
-	$(PY) train_teacher.py --data data/stories --channels 2 --layers 6 --iters 2400 \
-	  --eval-every 800
-	$(PY) distill.py $S/teacher --iters 4500 --lessons 40000 --eval-every 1500
+	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2600 --eval-every 1300
+	$(PY) distill.py $S/teacher --iters 7500 --lessons 50000 --eval-every 2500
 	$(PY) bench.py quality $S/teacher $S/student --nfe 1 2 4 8 32 --rows 500 --seeds 2 \
 	  --out assets/stories.json
 
@@ -78,8 +77,8 @@ weights:
 # a lesson are enough here. The baseline is trained as long as teacher and student are
 D = out/dates
 dates: data/dates
-	$(PY) train_teacher.py --data data/dates --channels 2 --no-hidden-input --stagger 0 \
-	  --iters 2500 --batch 64 --decay 0.9
+	$(PY) train_teacher.py --data data/dates --no-hidden-input --stagger 0 --iters 2500 \
+	  --batch 64 --decay 0.9
 	$(PY) distill.py $D/teacher --rollout 8 --lessons 20000 --iters 1200
 	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1
 	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call --iters 800 --decay 1 \

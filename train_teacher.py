@@ -44,7 +44,7 @@ from model import (Config, autocast, build, compile_net, fail, generator, has_bf
 # gates, the measured axis, first tokens ahead of last ones, given tokens in part of the rows, an
 # anchor for the diffusion. What is measured of it: assets/ablations.md
 LAPTOP = dict(
-    layers=4, heads=8, width=128, channels=4, dropout=0.0, gate=0.3, hidden_input=True,
+    layers=4, heads=8, width=128, channels=2, dropout=0.0, gate=0.3, hidden_input=True,
     axis='measured', stagger=3.0, given=0.3, anchor=0.1, all_positions=False, iters=1000,
     batch=128, optimiser='muon', lr=3e-3, beta2=0.99, warmup=50, decay=0.6, ema=0.999,
     eval_every=500)

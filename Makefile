@@ -73,16 +73,14 @@ weights:
 	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt --overwrite
 	cd assets && sha256sum *.pt > SHA256SUMS
 
-# a flow map, then two rounds in which a frozen student teaches a copy of itself one call; eight calls
-# a lesson are enough here. The baseline is trained as long as teacher and student are
+# a flow map, then a round in which a frozen student teaches a copy of itself one call; eight calls a
+# lesson are enough here. The baseline is trained as long as teacher and student are
 D = out/dates
 dates: data/dates
-	$(PY) train_teacher.py --data data/dates --no-hidden-input --stagger 0 --iters 2500 \
-	  --batch 64 --decay 0.9
-	$(PY) distill.py $D/teacher --rollout 8 --lessons 20000 --iters 1200
-	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call-1 --iters 600 --decay 1
-	$(PY) distill.py $D/teacher --guide $D/one-call-1 --out $D/one-call --iters 800 --decay 1 \
-	  --lr 1e-3 --muon-lr 0.005
+	$(PY) train_teacher.py --data data/dates --channels 1 --no-hidden-input --stagger 0 \
+	  --iters 1500 --batch 64 --decay 0.9
+	$(PY) distill.py $D/teacher --rollout 8 --lessons 40000 --iters 2000
+	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call --iters 600 --decay 1
 	$(PY) train_teacher.py --data data/dates --model mdlm --batch 64 --iters 5000
 	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 500 --seeds 2 --out assets/dates.json

@@ -762,8 +762,8 @@ def known_rows(reference, options, seed):
     meta = reference.meta
     each = samples_per_source(options) if meta['pairs'] else 1
     rng = np.random.default_rng(seed)
-    # without replacement; the samples of a source then stand one after the other
-    chosen = rng.choice(len(reference.held), options.rows // each)
+    # the samples of a source stand one after the other
+    chosen = rng.choice(len(reference.held), options.rows // each, replace=False)
     known = reference.held[chosen].repeat_interleave(each, dim=0)
     if not meta['pairs']:
         return known, torch.full_like(known, -1)
@@ -774,8 +774,8 @@ def measure(model, reference, options, nfe, seed):
     """All figures of one model at one nfe and seed: a dict."""
     how = sampling(options, model.config)
     known, given = known_rows(reference, options, seed)
-    # the first call of all is slow
-    write_rows(model, given[:1], 1, seed)
+    # the first call of as many rows is slow
+    write_rows(model, given, 1, seed)
     rows, seconds = write_rows(model, given, nfe, seed, **how)
     if reference.meta['pairs']:
         figures = source_figures(rows, known, reference, options)
@@ -830,7 +830,9 @@ def quality(options, device):
         calls = [config.length] if config.model == 'ar' else options.nfe
         for nfe in calls:
             report.attempt(name, nfe, measure_seeds, name, reference, options, nfe, device)
-    if importlib.util.find_spec('matplotlib') is not None:
+    # what needs no model makes no calls, and is not drawn
+    drawn = any(nfe for _, nfe, _ in report.lines)
+    if drawn and importlib.util.find_spec('matplotlib') is not None:
         path = Path(report.out).with_suffix('.svg')
         picture(report.lines, path)
         report.files.append(str(path))
@@ -885,7 +887,8 @@ def machine_rates(device):
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
     flops = 2 * n ** 3 / median_time(lambda: a @ a, device)
-    x, y = torch.empty(2, size, device=device)
+    # memory that was never written need not be read
+    x, y = torch.ones(2, size, device=device)
     # each number is read and written
     bandwidth = 2 * x.nbytes / median_time(lambda: y.copy_(x), device)
     print(f'large products {flops / 1e9:,.0f} GFLOP/s, copies {bandwidth / 1e9:,.1f} GB/s')
@@ -1104,7 +1107,7 @@ def peak_memory(device):
 def training_step(formulation, size, layers, compiled, flops, device):
     """
     Forward and backward of a flow in one formulation: time, tokens/s, mfu (the share of the rate of
-    large products that its own products reach) and peak memory beyond the model's: a dict.
+    large products that the network's products reach) and peak memory beyond the model's: a dict.
     projected, dense: bf16 on CUDA, the noise of dense in TF32; dense fp32: fp32 throughout.
     """
     torch.set_float32_matmul_precision('high' if formulation == 'dense' else 'highest')
@@ -1350,9 +1353,9 @@ def summary(runs):
     return found
 
 
-def number(x):
-    """A figure with three digits, or whole from a thousand on."""
-    return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
+def number(x, digits=3):
+    """A figure with so many digits, or whole where these would not reach its point."""
+    return f'{x:,.0f}' if abs(x) >= 10 ** digits - 0.5 else f'{x:.{digits}g}'
 
 
 def cell(found, key):
@@ -1360,7 +1363,7 @@ def cell(found, key):
     if key not in found:
         return ''
     mean, spread = found[key]
-    return f'{number(mean)} ({spread:.2g})' if spread else number(mean)
+    return f'{number(mean)} ({number(spread, 2)})' if spread else number(mean)
 
 
 def table(lines):
@@ -1439,9 +1442,8 @@ def plot_time_axes(axes, teachers):
 
 def picture(lines, path):
     """An SVG: quality against calls and against time, and the teachers' time axes."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
-    if not lines:
-        return
     teachers = flow_teachers(lines)
     panels = 3 if teachers else 2
     figure = Figure(figsize=(5, 3 * panels), layout='constrained')
@@ -1453,9 +1455,10 @@ def picture(lines, path):
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper left')
     if teachers:
         plot_time_axes(axes[2], teachers)
-    # without a date, so that equal figures give equal files
+    # without a date, and with names that are not drawn, so that equal figures give equal files
     svg = io.BytesIO()
-    figure.savefig(svg, format='svg', metadata={'Date': None})
+    with rc_context({'svg.hashsalt': 'bench'}):
+        figure.savefig(svg, format='svg', metadata={'Date': None})
     write_whole(path, svg.getvalue())
 
 

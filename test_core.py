@@ -4869,9 +4869,10 @@ def held_out(folder):
 
 
 def test_only_the_source_is_given(pairs):
-    """A model that is shown the text it is to write, which then scores 1."""
+    """A model that is shown the text it is to write, which then scores 1; a source twice."""
     reference = bench.Reference(str(pairs), *held_out(pairs), [], set(), 0.0, None)
-    options = bench.parse(['quality', 'm.pt', '--rows', '8', '--per-source', '2'])
+    n = len(reference.held)
+    options = bench.parse(['quality', 'm.pt', '--rows', str(2 * n), '--per-source', '2'])
 
     known, given = bench.known_rows(reference, options, seed=0)
 
@@ -4880,6 +4881,7 @@ def test_only_the_source_is_given(pairs):
         at = row.index(sep) + 1
         assert shown == row[:at] + [-1] * (len(row) - at)
     assert torch.equal(known[0::2], known[1::2])
+    assert len(known[0::2].unique(dim=0)) == n
 
 
 # -----------------------------------------------------------------------------
@@ -5055,6 +5057,21 @@ def test_a_model_that_fails_does_not_stop_the_others(text, capsys, monkeypatch):
     assert written['failed'] == [err.strip()]
     assert [line['model'] for line in written['runs']][2:] == ['good.pt']
     assert '| good.pt | 1 |' in out
+
+
+def test_where_every_model_fails_the_table_is_of_what_needs_none(text, capsys, monkeypatch):
+    """A picture of no lines, which is waited for for ever."""
+    make_model(Path('bad.pt'), text, model='mdlm')
+
+    def out_of_memory(*how, **more):
+        raise RuntimeError('out of memory')
+
+    monkeypatch.setattr(models.MaskedDiffusion, 'sample', out_of_memory)
+    status, out, _ = run_bench(capsys, 'quality', 'bad.pt', '--nfe', 1, '--rows', 20)
+
+    assert status == 1
+    assert '| held-out text |' in out
+    assert not Path('out/quality.svg').exists()
 
 
 def test_what_was_measured_outlives_a_stop(text, monkeypatch, capsys):
@@ -5580,6 +5597,15 @@ def test_the_table_has_means_and_half_the_range():
     ]
 
 
+@pytest.mark.parametrize('x, digits, written', [
+    (0.01234, 3, '0.0123'), (999.4, 3, '999'), (999.6, 3, '1,000'), (12345.6, 3, '12,346'),
+    (9.96, 2, '10'), (123.4, 2, '123'),
+])
+def test_a_figure_is_never_written_as_a_power_of_ten(x, digits, written):
+    """1e+03 in a table."""
+    assert bench.number(x, digits) == written
+
+
 @pytest.mark.parametrize('names, short', [
     (['out/a/teacher', 'out/a/student'], ['teacher', 'student']),
     (['out/short-{seed}/flow/student', 'out/short-{seed}/mdlm/sdtt'],
@@ -5604,6 +5630,8 @@ def test_a_picture_has_a_line_for_each_model_and_each_teachers_axis(text):
     bench.picture(lines, 'q.svg')
 
     drawn = Path('q.svg').read_text()
+    bench.picture(lines, 'again.svg')
+    assert Path('again.svg').read_text() == drawn
     assert set(bench.flow_teachers(lines)) == {'t.pt'}
     assert bench.shown_figure(lines) == 'energy'
     # quality has one legend, the time axes another one

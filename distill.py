@@ -340,6 +340,10 @@ class Fake(torch.nn.Module):
         middle = self.model.net.blocks[(teacher.config.layers - 1) // 2]
         middle.register_forward_hook(self.keep_middle)
 
+    @property
+    def net(self):
+        return self.model.net
+
     def keep_middle(self, block, inputs, output):
         self.middle = output
 
@@ -748,14 +752,14 @@ class Best:
 
 
 class Means:
-    """Means of what was seen since the last record, by name."""
+    """Means of what this process has seen since the last record, by name."""
 
-    def __init__(self, kept=None):
-        self.sums = dict(kept or {})
+    def __init__(self, kept=None, device='cpu'):
+        self.sums = {name: pair.to(device) for name, pair in (kept or {}).items()}
 
     def add(self, seen):
         for name, pair in seen.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(pair)) + pair
+            self.sums[name] = self.sums.get(name, 0) + pair
 
     def loss(self):
         total, number = self.sums['loss']
@@ -819,7 +823,7 @@ def prepare(o):
         fail('--parts: score distillation takes as many as there are processes; leave it out')
     if o.stage != 'score' and automatic:
         more_parts(o, meta, device)
-    if o.stage == 'flow map':
+    if o.stage == 'flow map' and o.method == 'rollout':
         fit_lessons(o, meta, rank)
     parents = {'teacher': {'path': o.teacher, 'crc': zlib.crc32(path.read_bytes()),
                            'options': teacher_ckpt['options']}}
@@ -845,8 +849,10 @@ def batch_of(it, stage, o, run):
 
 def make_lessons_again(stage, start, o, run):
     """Of a run that goes on: the lessons that it had, from the same rows and noise."""
+    # of this process's parts
+    mine = stage.lessons[run.rank::run.world]
     it = 0
-    while it < start and not all(lessons.full() for lessons in stage.lessons):
+    while it < start and not all(lessons.full() for lessons in mine):
         tokens, given, times = batch_of(it, stage, o, run)
         for rows, rng in parts_of(o, it, run.rank, run.world, run.device):
             with autocast(run.device):
@@ -867,7 +873,7 @@ def main(o):
     run = prepare(o)
     meta = run.about['meta']
     torch.manual_seed(o.seed)
-    # student and fake are in training mode, so targets that the student makes know dropout, too
+    # the student is in training mode, so targets that it makes know dropout, too
     student = build_student(run.teacher, run.guide, o)
     stage, optimisers = make_stage(student, run.guide, run.teacher, o)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
@@ -877,12 +883,12 @@ def main(o):
     if run.ckpt is not None:
         restore(run.ckpt, modules, optimisers)
         start = run.ckpt['iter']
-        means = Means(run.ckpt['means'])
-    if o.stage == 'flow map':
-        make_lessons_again(stage, start, o, run)
+        means = Means(run.ckpt['means'], run.device)
     best = Best(ema, o, run.ckpt)
     others = [run.guide, run.teacher, *others_of(stage).values()]
     compile_on_gpu(o, run.device, [student, *others])
+    if o.stage == 'flow map':
+        make_lessons_again(stage, start, o, run)
     log = Log(run.out, o.iters, start, o.batch * meta['length'])
     stopper = Stopper()
     cpu = torch.device('cpu')

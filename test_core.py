@@ -1578,6 +1578,27 @@ def test_what_the_teacher_has_answered_is_learnt_again():
     assert torch.allclose(target[jumps], again, atol=1e-3)
 
 
+def test_no_process_waits_for_the_lessons_of_another(monkeypatch):
+    """A run of two processes that goes on, and asks the teacher again for all that it ever did."""
+    lessons = [distill.Lessons(3) for _ in range(4)]
+    asked = []
+
+    def rows(tokens, given, times, rng):
+        part = times[0][0].item()
+        asked.append(part)
+        lessons[part].add([tokens])
+
+    part = torch.arange(8) % 4
+    monkeypatch.setattr(distill, 'batch_of', lambda *words: (part, part, [part]))
+    run = Namespace(rank=1, world=2, device=torch.device('cpu'))
+
+    distill.make_lessons_again(Namespace(lessons=lessons, rows=rows), 100,
+                               Namespace(parts=4, seed=0), run)
+
+    # two batches of two rows fill the three lessons of each part that is its own
+    assert asked == [1, 3, 1, 3]
+
+
 @pytest.mark.parametrize(
     'length, vocab, kept', [(21, 109, 9000), (64, 4096, 4096), (128, 50261, 0)])
 def test_as_many_lessons_are_kept_as_memory_holds(length, vocab, kept, capsys):
@@ -2486,6 +2507,25 @@ def test_who_moves_in_score_distillation(words):
     assert student.net.head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize('words', [(), ('--adversarial', .1)])
+def test_score_distillation_is_the_same_compiled(words, monkeypatch):
+    """A fake that cannot be compiled, or whose critic sees nothing, on the first GPU."""
+    monkeypatch.setattr(train_teacher, 'compile_net',
+                        functools.partial(models.compile_net, backend='aot_eager'))
+    found = []
+    for compiled in (False, True):
+        student, teacher, stage, tokens, given = score_stage(*words)
+        networks = [student, None, teacher, *distill.others_of(stage).values()]
+        train_teacher.compile_on_gpu(Namespace(compile=compiled), torch.device('cuda'), networks)
+
+        loss, seen = stage(tokens, given, (), generator())
+        trained = [p for p in student.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained)
+        found.append([loss, seen['fake_error'], *gradients, *stage.fake.parameters()])
+
+    assert all_close(*found)
+
+
 def test_fake_ratio_is_the_number_of_the_fakes_updates():
     """An option that does nothing."""
     _, _, stage, tokens, given = score_stage('--fake-ratio', 3)
@@ -2675,6 +2715,17 @@ def test_parts_of_a_batch_see_all_kinds_of_jumps(parts):
     # and has noise of its own
     assert len(set(stage.seeds)) == parts
     assert means.loss() == pytest.approx(255.5)
+
+
+def test_kept_means_go_on_where_the_run_does():
+    """Means that a checkpoint has kept on a CPU, and a run that goes on on a GPU."""
+    kept = {'loss': torch.tensor([3., 2.])}
+
+    means = distill.Means(kept, 'meta')
+    means.add({'loss': torch.ones(2, device='meta')})
+
+    assert means.sums['loss'].device.type == 'meta'
+    assert kept['loss'].tolist() == [3, 2]
 
 
 @pytest.mark.parametrize('parts', [1, 4])

@@ -12,8 +12,10 @@ The baseline mdlm is distilled, too, to be compared with: SDTT, arXiv:2410.21035
 Writes <out>/model.pt and <out>/log.jsonl.
 
 As everywhere, times run from noise (0) to data (1), and `given` (B, L) holds the ids of known
-tokens, -1 where text is to be written. s, u and t of a jump are reparameterised times tau here;
-flow.token_t is the t of the formulas. E is the embedding table, which both networks share.
+tokens, -1 where text is to be written. The s, u and t of a flow's jump are reparameterised times
+tau, one for each row; flow.token_t makes of one the t of the formulas, for each token. D_t is the
+text that the teacher guesses at t, and delta_{t,t} = D_t. E is the embedding table, which both
+networks share. A batch is computed in o.parts parts, so that n processes train as one does.
 """
 
 import argparse
@@ -40,7 +42,8 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 # -----------------------------------------------------------------------------
 # Options
 
-# ours, for minutes on a CPU: copies of the teacher's own way, more rows at (0, 1), higher rates
+# ours, for minutes on a CPU: copies of the teacher's own way (rollout_target), kept as Lessons;
+# more rows at (0, 1), higher rates
 LAPTOP = dict(
     method='rollout', lessons=10_000, diagonal=0.125, boundary=0.85, given=0.15, dropout=0.0,
     row_noise=True, iters=1000, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0,
@@ -63,9 +66,6 @@ PAPER_MASKED = {
     'rounds': 7, 'fewest': 8}
 LAPTOP_MASKED = {
     **LAPTOP, 'given': 0.6, 'iters': 700, 'eval_every': 350, 'rounds': 4, 'fewest': 4}
-
-# fewer are learnt by heart (assets/ablations.md), so new ones are made instead
-FEW_LESSONS = 2000
 
 PRESETS = {
     ('laptop', 'flow map'): LAPTOP,
@@ -106,7 +106,8 @@ def parse(argv=None):
     add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
     add('--fake-ratio', type=positive, default=1,
         help="diffusion: updates of the fake denoiser for each of the student")
-    add('--adversarial', type=rate, default=0.0, help='diffusion: weight of the critic (stage 2)')
+    add('--adversarial', type=rate, default=0.0,
+        help="diffusion: weight of the critic, in SiDA's second run")
     add('--row-noise', action=argparse.BooleanOptionalAction,
         help='diffusion: one noise for all of a row')
     # masked diffusion
@@ -144,31 +145,32 @@ def time_pairs(n, diagonal, boundary, cpu):
     jumps in between, in this order. Rows are counted before a batch is split into parts, so the
     method does not depend on their number. arXiv:2602.16813.
     """
-    u = torch.rand(2, n, generator=cpu)
+    uniform = torch.rand(2, n, generator=cpu)
     # t - s ~ U(0, 1), then s ~ U(0, 1 - (t - s))
-    s = u[1] * (1 - u[0])
-    t = s + u[0]
+    s = uniform[1] * (1 - uniform[0])
+    t = s + uniform[0]
     kind = torch.full((n,), 2)
 
     # s = t, spread evenly over [0, 1)
-    still = round(n * diagonal)
-    s[:still] = even_times(u[0, 0], still)
-    t[:still] = s[:still]
-    kind[:still] = 0
+    on_diagonal = round(n * diagonal)
+    s[:on_diagonal] = even_times(uniform[0, 0], on_diagonal)
+    t[:on_diagonal] = s[:on_diagonal]
+    kind[:on_diagonal] = 0
 
     # all the way in one jump, at least one row if any are wanted
     if boundary > 0:
-        edge = min(n, still + max(1, round((n - still) * boundary)))
-        s[still:edge] = 0
-        t[still:edge] = 1
-        kind[still:edge] = 1
+        asked = max(1, round((n - on_diagonal) * boundary))
+        all_the_way = slice(on_diagonal, min(n, on_diagonal + asked))
+        s[all_the_way] = 0
+        t[all_the_way] = 1
+        kind[all_the_way] = 1
     return s, t, kind
 
 
 def two_legs(flow, first, last, given, s, u, t):
-    """delta_{s,t} from the texts p that its legs s -> u and u -> t aim at: (B, L, V)."""
-    s, u, t = [flow.token_t(tau, given) for tau in (s, u, t)]
-    g = first_leg_weight(s, u, t)
+    """delta_{s,t} from the texts that its legs s -> u and u -> t aim at: (B, L, V)."""
+    # in the t of the formulas, for each token
+    g = first_leg_weight(*[flow.token_t(tau, given) for tau in (s, u, t)])
     return g * first + (1 - g) * last
 
 
@@ -206,33 +208,79 @@ def eulerian_target(student, teacher, h, given, s, t, o):
     return two_legs(student, first, last, given, s, u, t)
 
 
+def in_steps(flow, guess, h, given, s, t, calls, ahead=0.0, early=1.0):
+    """
+    ours: delta_{s,t}(h) in `calls` steps, each to where guess(h, now, then), logits, aims:
+    (B, L, V). `ahead` 0.5 makes them of second order: what the guess has changed by since the last
+    step is added in part, which is what it would be in the middle of the step (Adams and
+    Bashforth's method). `early` above 1 makes the first steps shorter than the last ones.
+    """
+    # has no weight in the first step
+    target = torch.zeros(())
+    before = None
+    ends = [(i / calls) ** early for i in range(calls + 1)]
+    for i in range(calls):
+        now = s + (t - s) * ends[i]
+        then = s + (t - s) * ends[i + 1]
+        p = guess(h, now, then).softmax(-1)
+        aim = p
+        if before is not None:
+            # half of the change, if both steps are equally long
+            longer = (ends[i + 1] - ends[i]) / (ends[i] - ends[i - 1])
+            aim = p + ahead * longer * (p - before)
+        before = p
+        # a weighted mean of the aims along the way; of a jump to t = 1 only the last one counts
+        target = two_legs(flow, target, aim, given, s, now, then)
+        h = flow.jump(h, aim, given, now, then)
+    return target
+
+
+def rollout_target(student, teacher, h, given, s, t, o):
+    """
+    ours: delta_{s,t}(h) as the teacher finds it in o.rollout steps from s to t: (B, L, V). A
+    student taught by jumps of its own may drift off its teacher; this one cannot. Steps of second
+    order: 16 of them write as well as 32 of Euler's (assets/ablations.md).
+    """
+    # where first tokens go ahead, the first steps decide what the text is about: shorter ones keep
+    # it varied (assets/ablations.md)
+    early = 1.5 if teacher.config.stagger > 0 else 1.0
+
+    def guess(h, now, then):
+        return teacher.predict(h, given, now)
+
+    target = in_steps(student, guess, h, given, s, t, o.rollout, ahead=0.5, early=early)
+    # a step of second order may lie a little beyond the probabilities
+    target = target.clamp(min=0)
+    return target / target.sum(-1, keepdim=True)
+
+
 class Lessons:
     """
-    ours: jumps with the target that the teacher has found for them. They are kept, and learnt many
-    times over: the teacher needs sixteen calls for one, learning it takes the time of three
-    (arXiv:2101.02388, of images).
+    ours: jumps with the targets that the teacher has found for them. They are kept, and learnt many
+    times over: a target takes --rollout calls of the teacher, learning it the time of about three.
+    Such copies of a teacher's way were first made of images: arXiv:2101.02388.
     """
 
-    def __init__(self, most):
-        self.most = most
-        self.number = 0
-        self.kept = []  # h, given, s, t, kind, target, each (most, ...)
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.size = 0
+        self.kept = []  # h, given, s, t, kind, target, each (capacity, ...)
 
     def full(self):
-        return self.number >= self.most
+        return self.size >= self.capacity
 
     def add(self, jumps):
         """Keep some jumps, each given by one row of several tensors, as far as there is room."""
         if not self.kept:
-            self.kept = [x.new_empty(self.most, *x.shape[1:]) for x in jumps]
-        end = min(self.most, self.number + len(jumps[0]))
+            self.kept = [x.new_empty(self.capacity, *x.shape[1:]) for x in jumps]
+        end = min(self.capacity, self.size + len(jumps[0]))
         for kept, x in zip(self.kept, jumps):
-            kept[self.number:end] = x[:end - self.number]
-        self.number = end
+            kept[self.size:end] = x[:end - self.size]
+        self.size = end
 
     def draw(self, n, rng):
         """Any n of those kept."""
-        rows = torch.randint(self.number, (n,), generator=rng, device=self.kept[0].device)
+        rows = torch.randint(self.size, (n,), generator=rng, device=self.kept[0].device)
         return [x[rows] for x in self.kept]
 
 
@@ -247,8 +295,8 @@ class FlowMap:
                    'eulerian': eulerian_target, 'rollout': rollout_target}
         self.target = targets[o.method]
         # each part of a batch has its own, so the method does not depend on the number of processes
-        most = o.lessons // o.parts if o.method == 'rollout' else 0
-        self.lessons = [Lessons(most) for _ in range(o.parts)]
+        capacity = o.lessons // o.parts if o.method == 'rollout' else 0
+        self.lessons = [Lessons(capacity) for _ in range(o.parts)]
 
     def times(self, n, cpu):
         """s, t and kind of each row, and which part of the batch it is in: (n,) each."""
@@ -258,10 +306,10 @@ class FlowMap:
 
     def __call__(self, tokens, given, times, rng):
         """
-        Cross-entropy of delta_{s,t} under what it should be, for tokens and given (B, L) -> mean
-        in nats, and what to log: for each kind of row sum and number.
+        Cross-entropy of the student's delta_{s,t} with its target, for tokens and given (B, L) ->
+        mean in nats, and what to log: for each kind of row sum and number.
         """
-        h, given, s, t, kind, target = self.rows(tokens, given, times, rng)
+        h, given, s, t, kind, target = self.examples(tokens, given, times, rng)
         losses = self.student.predict(h, given, s, t, target)  # (B,)
         seen = {}
         for i, name in enumerate(('diagonal', 'all_the_way', 'between')):
@@ -270,32 +318,36 @@ class FlowMap:
         return losses.mean(), seen
 
     @torch.no_grad()
-    def rows(self, tokens, given, times, rng):
+    def examples(self, tokens, given, times, rng):
         """What is to be learnt: h, given, s, t, kind and target, each (B, ...)."""
         s, t, kind, part = times
         # rows come sorted by kind; counted on the CPU, so that no GPU is waited for
-        still = int((kind == 0).sum())
+        on_diagonal = int((kind == 0).sum())
+        # all rows of a call are of one part
         lessons = self.lessons[part[0]]
         s, t, kind = [x.to(tokens.device) for x in (s, t, kind)]
         rows = [self.student.corrupt(tokens, given, s, rng), given, s, t, kind]
         # at s = t the student is the teacher
-        learnt = [x[:still] for x in rows]
+        learnt = [x[:on_diagonal] for x in rows]
         learnt.append(self.teacher.predict(*learnt[:3]).softmax(-1))
-        if still == len(s):
+        if on_diagonal == len(s):
             return learnt
-        jumps = self.answered([x[still:] for x in rows], lessons, rng)
+        jumps = self.with_targets([x[on_diagonal:] for x in rows], lessons, rng)
         return [torch.cat(both) for both in zip(learnt, jumps)]
 
-    def answered(self, jumps, lessons, rng):
-        """The jumps with their targets, or in place of them as many lessons, if any are kept."""
-        if lessons.most == 0:
-            return [*jumps, self.answer(jumps)]
+    def with_targets(self, jumps, lessons, rng):
+        """
+        The jumps with their targets. If lessons are kept, as many of those in place of them: once
+        there are enough, the teacher is not asked any more.
+        """
+        if lessons.capacity == 0:
+            return [*jumps, self.targets(jumps)]
         if not lessons.full():
             # half precision is enough for probabilities
-            lessons.add([*jumps, self.answer(jumps).half()])
+            lessons.add([*jumps, self.targets(jumps).half()])
         return lessons.draw(len(jumps[0]), rng)
 
-    def answer(self, jumps):
+    def targets(self, jumps):
         """The targets (n, L, V) of jumps: h, given, s, t, kind."""
         h, given, s, t, _ = jumps
         return self.target(self.student, self.teacher, h, given, s, t, self.o)
@@ -313,10 +365,10 @@ def sum_and_number(x):
 def sid_gap(x, teacher_x, fake_x, alpha):
     """
     SiD, arXiv:2404.04057: (1 - alpha) |teacher_x - fake_x|^2 + (teacher_x - fake_x).(fake_x - x) at
-    each position, (B, L, C) three times -> (B, L), with gradient through all three. x is generated;
+    each position, from three (B, L, C) -> (B, L), with gradient through all three. x is generated;
     teacher_x and fake_x are what the teacher and the fake denoiser guess it was, from x_t. Where
-    both guess alike at all noise levels, the student writes as the data do. Its mean is
-    (1 - alpha) E|teacher_x - fake_x|^2: no progress meter.
+    both guess alike at all noise levels, the student writes as the data do. With a perfect fake its
+    mean is (1 - alpha) E|teacher_x - fake_x|^2, 0 at alpha = 1: no progress meter.
     """
     gap = teacher_x - fake_x
     return ((1 - alpha) * gap.square() + gap * (fake_x - x)).mean(-1)
@@ -328,7 +380,10 @@ def dmd_gap(x, teacher_x, fake_x):
 
 
 class Fake(torch.nn.Module):
-    """The fake denoiser, which follows what the student writes, with a critic in its middle."""
+    """
+    The fake denoiser, which follows what the student writes; in its middle a critic, which is used
+    with --adversarial only.
+    """
 
     def __init__(self, teacher):
         super().__init__()
@@ -428,7 +483,7 @@ class MaskedDistillation:
     """
     SDTT, arXiv:2410.21035: a masked diffusion's student learns to guess in one call what two
     ancestral steps of its teacher guess. Round by round the student becomes the teacher, and the
-    steps double, until `fewest` calls of the student make a text.
+    steps double in length, until `fewest` calls of the student make a text.
     """
 
     def __init__(self, student, teacher, o):
@@ -437,20 +492,20 @@ class MaskedDistillation:
         self.o = o
         self.step = None
 
-    def begin(self, it, ema):
+    def start_round(self, it, ema):
         """Before iteration `it`: where a round begins, the student so far is the new teacher."""
         length = math.ceil(self.o.iters / self.o.rounds)
         if it > 0 and it % length == 0:
             self.teacher.load_state_dict(ema.state_dict())
-        # of the teacher: two of them are one of the student, whose last ones are 1 / fewest
-        doublings = self.o.rounds - it // length
-        self.step = 1 / (self.o.fewest * 2 ** doublings)
+        # the teacher's step, half of the student's, which in the last round is 1 / fewest
+        halvings = self.o.rounds - it // length
+        self.step = 1 / (self.o.fewest * 2 ** halvings)
 
     def times(self, n, cpu):
         return [even_times(torch.rand(1, generator=cpu), n)]
 
     def __call__(self, tokens, given, times, rng):
-        """Cross-entropy of the student under its teacher on rows (B, L), masked at times (B,)."""
+        """Cross-entropy of the student with its teacher on rows (B, L), masked at times (B,)."""
         t = times[0].to(tokens.device)
         seen = self.student.corrupt(tokens, given, t, rng)
         with torch.no_grad():
@@ -474,52 +529,7 @@ class MaskedDistillation:
 
 
 # -----------------------------------------------------------------------------
-# Part 4. ours: what no paper has. What is measured of it: assets/ablations.md
-
-def in_steps(flow, guess, h, given, s, t, calls, ahead=0.0, early=1.0):
-    """
-    delta_{s,t}(h) in so many steps from s to t, along guess(h, now, then), logits: (B, L, V).
-    `ahead` 0.5 makes them of second order: what the guess has changed by since the last step is
-    added in part, which is what it would be in the middle of the step (Adams and Bashforth's
-    method). `early` above 1 makes the first steps shorter than the last ones.
-    """
-    target = torch.zeros(())
-    before = None
-    ends = [(i / calls) ** early for i in range(calls + 1)]
-    for i in range(calls):
-        now = s + (t - s) * ends[i]
-        then = s + (t - s) * ends[i + 1]
-        p = guess(h, now, then).softmax(-1)
-        aim = p
-        if before is not None:
-            # half of the change, if both steps are equally long
-            longer = (ends[i + 1] - ends[i]) / (ends[i] - ends[i - 1])
-            aim = p + ahead * longer * (p - before)
-        before = p
-        # a weighted mean of the aims along the way; of a jump to t = 1 only the last one counts
-        target = two_legs(flow, target, aim, given, s, now, then)
-        h = flow.jump(h, aim, given, now, then)
-    return target
-
-
-def rollout_target(student, teacher, h, given, s, t, o):
-    """
-    ours: delta_{s,t}(h) as the teacher finds it in o.rollout steps from s to t: (B, L, V). A
-    student taught by jumps of its own may drift off its teacher; this one cannot. Steps of second
-    order: 16 of them write as well as 32 of Euler's (assets/ablations.md).
-    """
-    # where first tokens go ahead, the first steps decide what the text is about: shorter ones keep
-    # it varied (assets/ablations.md)
-    early = 1.5 if teacher.config.stagger > 0 else 1.0
-
-    def guess(h, now, then):
-        return teacher.predict(h, given, now)
-
-    target = in_steps(student, guess, h, given, s, t, o.rollout, ahead=0.5, early=early)
-    # a step of second order may lie a little beyond the probabilities
-    target = target.clamp(min=0)
-    return target / target.sum(-1, keepdim=True)
-
+# Part 4. ours: refining. What is measured of it: assets/ablations.md
 
 class Refine:
     """
@@ -683,7 +693,7 @@ def stage_of(o, teacher):
     if teacher.config.model == 'mdlm':
         return 'masked'
     if teacher.config.model == 'diffuseq' and (o.adversarial or not o.guide):
-        # with a critic a guide is where stage 2 starts; its fake is the teacher again
+        # with a critic a guide is where the second run starts; its fake is the teacher again
         return 'score'
     return 'refine' if o.guide else 'flow map'
 
@@ -705,7 +715,8 @@ def fit_lessons(o, meta, rank):
     fit = 2 ** 30 // (meta['length'] * meta['vocab'])
     if o.lessons <= fit:
         return
-    if fit < FEW_LESSONS:
+    # so few would be learnt by heart (assets/ablations.md): new ones are made all the time instead
+    if fit < 2000:
         fit = 0
     if rank == 0:
         print(f'--lessons: of {o.lessons:,} only {fit:,} are kept, within 2 GB of memory')
@@ -856,12 +867,15 @@ def make_lessons_again(stage, start, o, run):
         tokens, given, times = batch_of(it, stage, o, run)
         for rows, rng in parts_of(o, it, run.rank, run.world, run.device):
             with autocast(run.device):
-                stage.rows(tokens[rows], given[rows], [x[rows] for x in times], rng)
+                stage.examples(tokens[rows], given[rows], [x[rows] for x in times], rng)
         it += 1
 
 
 def write_checkpoint(run, it, modules, best, optimisers, means):
-    """<out>/model.pt, by the first process: all that the run needs to go on."""
+    """
+    <out>/model.pt, by the first process: all that the run needs to go on. `ema` there are the
+    averaged weights to keep, `average` those of now.
+    """
     if run.rank > 0:
         return
     others = {name: module.state_dict() for name, module in modules.items() if name != 'model'}
@@ -899,12 +913,12 @@ def main(o):
     for it in range(start, o.iters + 1):
         stop = it == o.iters or stopper.asked()
         due = it % o.eval_every == 0 and it > start
-        hundred = it % 100 == 0 and it > start
+        log_due = it % 100 == 0 and it > start
 
         # log
-        if hundred or due or stop:
+        if log_due or due or stop:
             means.check(it, run.out)
-        if hundred:
+        if log_due:
             log.record(it, **means.record())
             means = Means()
 
@@ -920,10 +934,12 @@ def main(o):
 
         # batch, forward and backward, step
         if o.stage == 'masked':
-            stage.begin(it, ema)
+            stage.start_round(it, ema)
         batch = batch_of(it, stage, o, run)
         backward(stage, student, batch, it, o, run, means)
-        norm = update(student, ema, optimisers[:1] if o.stage == 'score' else optimisers, it, o)
+        # the fake's optimiser has had its turn in the loss
+        own = optimisers[:1] if o.stage == 'score' else optimisers
+        norm = update(student, ema, own, it, o)
         means.add({'norm': sum_and_number(norm[None])})
         log.progress(it + 1, means.loss)
 

@@ -1568,7 +1568,7 @@ def test_what_the_teacher_has_answered_is_learnt_again():
     stage.target = lambda *words: asked.append(len(words[2])) or rollout(*words)
 
     for it in range(5):
-        h, given, s, t, kind, target = stage.rows(
+        h, given, s, t, kind, target = stage.examples(
             tokens, nothing_given(8), stage.times(8, generator(it)), generator(it))
 
     # 6 jumps in a batch: after two batches all ten are kept
@@ -1592,7 +1592,7 @@ def test_no_process_waits_for_the_lessons_of_another(monkeypatch):
     monkeypatch.setattr(distill, 'batch_of', lambda *words: (part, part, [part]))
     run = Namespace(rank=1, world=2, device=torch.device('cpu'))
 
-    distill.make_lessons_again(Namespace(lessons=lessons, rows=rows), 100,
+    distill.make_lessons_again(Namespace(lessons=lessons, examples=rows), 100,
                                Namespace(parts=4, seed=0), run)
 
     # two batches of two rows fill the three lessons of each part that is its own
@@ -2150,7 +2150,7 @@ def masked_distillation(**o):
     """The stage, of twins, at its first iteration."""
     net = tiny(vocab=5, length=2, model='mdlm')
     stage = distill.MaskedDistillation(net, net, Namespace(**o))
-    stage.begin(0, net)
+    stage.start_round(0, net)
     stage.teacher.predict = exact_twins
     return stage
 
@@ -2182,7 +2182,7 @@ def test_rounds_of_masked_distillation():
     replaced = []
 
     for it in range(10):
-        stage.begin(it, net)
+        stage.start_round(it, net)
         steps.append(stage.step)
         replaced.append(not stage.teacher.net.head.weight.equal(before))
         before = stage.teacher.net.head.weight.clone()
@@ -2197,7 +2197,7 @@ def test_masked_distillation_counts_what_is_masked():
     """A mean over positions that the student sees."""
     net = without_choice(tiny(model='mdlm'))
     stage = distill.MaskedDistillation(net, net, Namespace(rounds=1, fewest=1, iters=1))
-    stage.begin(0, net)
+    stage.start_round(0, net)
     tokens = torch.randint(8, (4000, 6))
     given = torch.where(torch.arange(6) < 5, tokens, -1)
 

@@ -36,7 +36,7 @@ from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_
                    fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
                    row_mean, save, share_of, without_specials, write_rows)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
-                           compile_on_gpu, even_times, get_batch, make_optimisers, parts_of,
+                           check_shares, compile_on_gpu, even_times, get_batch, make_optimisers, parts_of,
                            preset_adder, restore, set_parts, start_processes, to_sample, update)
 
 # -----------------------------------------------------------------------------
@@ -782,8 +782,8 @@ class Means:
 
     def check(self, it, out):
         if not all(pair.isfinite().all() for pair in self.sums.values()):
-            fail(f'loss or gradient not finite by iteration {it}; lower the learning rates, and '
-                 f'--resume goes on from the last save in {out}')
+            fail(f'loss or gradient not finite by iteration {it}; {out} keeps the last save; start '
+                 'anew with lower learning rates')
 
 
 def backward(stage, student, batch, it, o, run, means):
@@ -819,14 +819,13 @@ def prepare(o):
     rank, world, device = start_processes(o)
     if o.leg == 0:
         fail('--leg 0: the teacher would not be asked; give more, up to 1')
-    if o.dropout == 1:
-        fail('--dropout 1: nothing would be left; give less')
     path = find_teacher(o.teacher)
     teacher, teacher_ckpt = load_teacher(path, device)
     o.teacher = str(path)
     guide = load_guide(o, teacher, device)
     o.stage = stage_of(o, teacher)
     apply_preset(o, device, PRESETS, o.stage)
+    check_shares(o)
     automatic = not o.parts
     set_parts(o, world)
     meta, train, val = load_same_data(o, teacher_ckpt)

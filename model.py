@@ -18,6 +18,7 @@ Conventions, used everywhere in this repository:
 Every model has loss(tokens, given, tau, rng) -> (B,) in nats, and
 sample(given, nfe, rng, ..., on_call=None) -> (B, L), whose on_call(i, tokens) sees what each call
 would write. The last four ids of every vocabulary are <eos>, <pad>, <sep>, <bos>.
+A comment that begins with "ours" marks what neither of the papers has.
 """
 
 import math
@@ -61,7 +62,7 @@ class Config:
     gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
     hidden_input: bool = False   # a hidden layer between the rows of E and the first block
     axis: str = 'paper'          # flm: tau(t), one of paper | measured | uniform
-    stagger: float = 0.0         # flm: how much later the last token is written than the first
+    stagger: float = 0.0         # flm: delay of the last token, in the time that each takes
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
@@ -354,6 +355,9 @@ class OneHotFlow(Model):
         spoil its text (assets/ablations.md). FLM's axis follows a reader of all of x_t, of which
         the network sees C numbers. Returns the new taus.
         """
+        # without dropout
+        training = self.training
+        self.eval()
         grid = torch.linspace(0, 1, 33, device=tokens.device)
         sums = torch.zeros(3, 33, device=tokens.device)  # of losses, of taus, and their number
         # so many that near each of the 33 all tokens are met, equally often
@@ -375,6 +379,10 @@ class OneHotFlow(Model):
             counted = ((known.flatten() < 0) & (at > 0) & (at < 1)).float()
             seen = torch.stack([nats, at, torch.ones_like(at)]) * counted
             sums.index_add_(1, (32 * at).round().long(), seen)
+        self.train(training)
+        # too little is to be written in these rows
+        if (sums[2] == 0).any():
+            return self.taus
         # as they were not met just at the 33, but around them
         loss = interpolate(grid, sums[1] / sums[2], sums[0] / sums[2])
         # it falls, if only slightly
@@ -833,7 +841,7 @@ class CrossEntropy(torch.autograd.Function):
 
     Logits are computed for a chunk of positions at a time, and only once: their gradients are taken
     on the spot, in the forward pass, and no (n, V) is kept. Therefore all positions must count
-    alike in what is minimised, but for their share; RuntimeError otherwise.
+    alike in what is minimised, but for their share; an error otherwise.
     """
 
     @staticmethod
@@ -897,8 +905,9 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # asked without waiting for a GPU
-        torch._assert_async((grad == grad[0]).all())
+        # asked without waiting for a GPU; not every version of torch can on MPS
+        if grad.device.type != 'mps':
+            torch._assert_async((grad == grad[0]).all())
         y_grad, weight_grad, bias_grad = ctx.saved_tensors
         scale = grad[0]
         return y_grad * scale, weight_grad * scale, bias_grad * scale, None, None, None
@@ -909,9 +918,10 @@ class CrossEntropy(torch.autograd.Function):
 
 def fail(message):
     """End with one line on stderr and exit status 2, as prepare_data.fail does."""
-    # of several processes the first speaks for all
+    line = ' '.join(str(message).splitlines())
+    # of the processes that torchrun starts the first one speaks for all
     if os.environ.get('RANK', '0') == '0':
-        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -50,7 +50,7 @@ LONGEST_ROW = 65536                                 # tokens
 def fail(message):
     """End with one line on stderr and exit status 2, argparse's own."""
     line = ' '.join(str(message).splitlines())
-    # of several processes the first speaks for all
+    # of the processes that torchrun starts the first one speaks for all
     if os.environ.get('RANK', '0') == '0':
         print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
     raise SystemExit(2)
@@ -66,6 +66,12 @@ def run_script(main):
     except KeyboardInterrupt:
         say_stopped()
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        # of a GPU, and torch's, which is not imported here
+        if type(error).__name__ != 'OutOfMemoryError':
+            raise
+        fail('the GPU is out of memory; write fewer rows, or train with --parts 64, which computes '
+             'a batch in so many pieces')
 
 
 def say_stopped():

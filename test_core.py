@@ -1259,6 +1259,29 @@ def test_measured_axis_lets_tau_rise_as_the_root_of_the_loss_falls(stagger):
     assert flow.taus[-1] == 1
 
 
+def test_the_axis_is_measured_without_dropout():
+    """Another axis in each of several processes, whose dropout differs."""
+    axes = []
+    for seed in (1, 2):
+        flow = tiny(axis='measured', dropout=0.5)
+        torch.nn.init.normal_(flow.net.head.weight)
+        flow.train()
+        torch.manual_seed(seed)
+        axes.append(flow.refit_axis(torch.arange(12).view(2, 6) % 8, nothing_given(2), seed=0))
+        assert flow.net.training
+
+    assert torch.equal(*axes)
+
+
+def test_the_axis_stays_where_nothing_is_to_be_written():
+    """An axis that is not a number, after a batch of one row that is given."""
+    flow = tiny(axis='measured')
+    old = flow.taus.clone()
+    tokens = torch.zeros(1, 6).long()
+
+    assert torch.equal(flow.refit_axis(tokens, tokens, seed=0), old)
+
+
 # -----------------------------------------------------------------------------
 # The one-hot flow: dense equals projected
 
@@ -3731,6 +3754,8 @@ BAD_TEACHERS = [
     ('--data {dozen}/data --model mdlm --stagger 0.5', '--stagger: is for --model flm'),
     ('--data {dozen}/data --layers 1000000 --width 1600000', 'too large for any machine'),
     ('--data {dozen}/data --device nonsense', '--device nonsense is not available'),
+    ('--data {dozen}/data --beta2 1', '--beta2 1: no gradient would ever count'),
+    ('--data {dozen}/data --channels 2000000', '--channels 2000000: too large'),
     ('--data {dozen}/data --batch 64 --parts 3', '--batch 64: must be a multiple of --parts (3)'),
     ('--data {dozen}/data --batch 7 --parts 2', '--batch 7: must be a multiple of --parts (2)'),
     ('--data {dozen}/data --out text.txt', 'cannot be written'),
@@ -3759,6 +3784,7 @@ BAD_STUDENTS = [
     ('{small}/flow/teacher --data missing', 'missing holds no prepared data'),
     ('{small}/flow/teacher --data {dozen}/bytes', 'has another tokenizer or length'),
     ('{small}/flow/teacher --out new --device nonsense', '--device nonsense is not available'),
+    ('{small}/flow/teacher --out new --beta2 1', '--beta2 1: no gradient would ever count'),
     ('{small}/flow/teacher --out new --batch 7 --parts 2', 'must be a multiple of --parts (2)'),
     ('{small}/diffuseq/teacher --out new --parts 2', 'score distillation takes as many'),
     ('{small}/flow/teacher --out text.txt', 'cannot be written'),
@@ -3860,6 +3886,35 @@ def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, small, tmp_
     for part in ('model', 'ema'):
         for key, value in one[part].items():
             assert torch.allclose(value, two[part][key], atol=1e-5), key
+
+
+@pytest.mark.parametrize('gpus, device, said', [
+    (1, '', '2 processes, but 1 GPUs'), (0, 'meta', 'several processes cannot share meta')])
+def test_processes_need_a_device_each(monkeypatch, capfd, gpus, device, said):
+    """A traceback from within CUDA; processes that do not add up their gradients."""
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+
+    with pytest.raises(SystemExit) as end:
+        train_teacher.start_processes(Namespace(device=device))
+
+    assert end.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+def test_a_full_gpu_is_one_line(capfd):
+    """A traceback at the papers' batch, on the first GPU that is smaller than theirs."""
+    def out_of_memory():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate ...')
+
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run_script(out_of_memory)
+
+    assert end.value.code == 2
+    assert capfd.readouterr().err.count('\n') == 1
 
 
 @pytest.mark.parametrize('rank, lines', [('0', 1), ('1', 0)])

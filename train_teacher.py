@@ -78,7 +78,7 @@ PRESETS = {
 
 
 def parse(argv=None):
-    """The options of a command line; those without a value get it from the preset, see main."""
+    """The options of a command line; those without a value get it from apply_preset."""
     parser = Parser(description=__doc__)
     add = preset_adder(parser, LAPTOP, PAPER)
     # what and where
@@ -161,10 +161,19 @@ def check_options(o):
         fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
     if o.stagger and o.model != 'flm':
         fail(f'--stagger: is for --model flm; leave it out for {o.model}')
-    if o.dropout == 1:
-        fail('--dropout 1: nothing would be left; give less')
+    check_shares(o)
     if o.layers * o.width ** 2 > 1e11:
         fail(f'--layers {o.layers}, --width {o.width}: too large for any machine')
+    if o.channels > 1e6:
+        fail(f'--channels {o.channels}: too large for any machine')
+
+
+def check_shares(o):
+    """Refuse a 1 where all must not be dropped, or remembered."""
+    if o.dropout == 1:
+        fail('--dropout 1: nothing would be left; give less')
+    if o.beta2 == 1:
+        fail('--beta2 1: no gradient would ever count; give less')
 
 
 # -----------------------------------------------------------------------------
@@ -212,10 +221,10 @@ def up_to(tokens, meta, name):
 
 
 def to_device(x, device):
-    """x on the device; pinned memory lets a GPU fetch it while it computes."""
+    """x on the device; from pinned memory a GPU fetches it while it computes."""
     if device.type == 'cuda':
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 # -----------------------------------------------------------------------------
@@ -225,9 +234,15 @@ def start_processes(o):
     """Join the others that torchrun started, if any: (rank, how many, this one's device)."""
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
-    if torch.cuda.is_available() and world > 1:
+    if world > 1 and torch.cuda.is_available() and not o.device.startswith('cpu'):
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if processes > torch.cuda.device_count():
+            fail(f'{processes} processes, but {torch.cuda.device_count()} GPUs; give torchrun '
+                 'a smaller --nproc_per_node')
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     device = pick_device(o.device)
+    if world > 1 and device.type not in ('cpu', 'cuda'):
+        fail(f'several processes cannot share {device}; add --device cpu, or leave out torchrun')
     if world > 1:
         # gloo for what is on CPUs, nccl for what is on GPUs
         dist.init_process_group()
@@ -244,13 +259,14 @@ def set_parts(o, world):
     if o.parts % world:
         fail(f'--parts {o.parts}: must be a multiple of the number of processes ({world})')
     if o.batch % o.parts:
-        fail(f'--batch {o.batch}: must be a multiple of --parts ({o.parts})')
+        fail(f'--batch {o.batch}: must be a multiple of --parts ({o.parts}), of which each process '
+             'has at least one')
 
 
 def parts_of(o, it, rank, world, device):
     """
     For each of this process's parts of a batch: which rows are in it, and the generator of its
-    noise. Every so manieth row is, so that each part has all times, and all kinds of rows.
+    noise. Part i of n has rows i, i + n, i + 2n, ...: of all times, and of all kinds.
     """
     for part in range(rank, o.parts, world):
         rng = generator(device, o.seed, it, 1 + part)
@@ -505,8 +521,8 @@ class TauBins:
         if self.sums.isfinite().all():
             return
         bad = (~self.sums[0].isfinite()).nonzero().flatten().tolist()
-        fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; lower the '
-             f'learning rates, and --resume goes on from the last save in {out}')
+        fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; {out} keeps '
+             'the last save; start anew with lower learning rates')
 
 
 # what may differ when a run goes on: how far, where, how it is computed
@@ -552,7 +568,7 @@ def check_out(out, options, meta, **parents):
     difference = first_difference(ckpt, options, meta, parents)
     if difference:
         fail(f'--resume: {path} is of another run: {difference}; give what it had, or start anew '
-             'with --overwrite')
+             'with --overwrite in place of --resume')
     if ckpt['iter'] >= options.iters:
         fail(f'--resume: {path} has {ckpt["iter"]} iterations already; ask for more by --iters')
     return ckpt
@@ -566,7 +582,8 @@ def restore(ckpt, modules, optimisers):
         for optimiser, state in zip(optimisers, ckpt['optimisers'], strict=True):
             optimiser.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError):
-        fail('--resume: the checkpoint is of another shape; start anew with --overwrite')
+        fail('--resume: the checkpoint is of another shape; start anew with --overwrite '
+             'in place of --resume')
 
 
 @torch.no_grad()
@@ -661,13 +678,13 @@ def main(o):
     for it in range(start, o.iters + 1):
         stop = it == o.iters or stopper.asked()
         due = it % o.eval_every == 0 and it > start
-        hundred = it % 100 == 0 and it > start
+        log_due = it % 100 == 0 and it > start
 
         # log, and let the time axis follow what was learnt
-        if hundred or due or stop:
+        if log_due or due or stop:
             bins.collect(rank)
             bins.check(it, out)
-        if hundred:
+        if log_due:
             log.record(it, **bins.record())
             if o.model == 'flm' and o.axis == 'measured' and 2 * it <= o.iters:
                 with autocast(device):

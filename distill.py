@@ -21,13 +21,13 @@ networks share. A batch is computed in o.parts parts, so that n processes train 
 import argparse
 import copy
 import math
-import shlex
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import Parser, count, health, load_dataset, positive, rate, run_script, share
+from prepare_data import (Parser, as_command, count, health, load_dataset, positive, rate,
+                          run_script, share)
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,9 @@ from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_
                    fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
                    row_mean, save, share_of, without_specials, write_rows)
 from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
-                           check_shares, compile_on_gpu, even_times, get_batch, make_optimisers, parts_of,
-                           preset_adder, restore, set_parts, start_processes, to_sample, update)
+                           check_shares, compile_on_gpu, even_times, get_batch, make_optimisers,
+                           parts_of, preset_adder, restore, set_parts, start_processes, to_sample,
+                           update)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -953,7 +954,7 @@ def advice(o, out, it, meta, val):
     words = [*to_sample(out, meta, val), '--compare', o.teacher]
     if o.stage == 'masked':
         words += ['--nfe', str(o.fewest)]
-    return 'next: ' + shlex.join(words)
+    return 'next: ' + as_command(words)
 
 
 if __name__ == '__main__':

@@ -89,6 +89,11 @@ def uncaught(kind, error, trace):
 sys.excepthook = uncaught
 
 
+def as_command(words):
+    """Words as a command line. Windows takes / in a path, too, and no quotes as a \\ would need."""
+    return shlex.join(word.replace(os.sep, '/') for word in words)
+
+
 def as_word(path):
     """A path as a word of a command: one that begins with "-" would be taken for an option."""
     return f'./{path}' if str(path).startswith('-') else str(path)
@@ -99,7 +104,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         # nothing, no and empty are no defaults worth a word
-        if action.default in (None, '', False, argparse.SUPPRESS):
+        # (0 is one, and equals False)
+        if action.default is False or action.default in (None, '', argparse.SUPPRESS):
             return action.help
         return f'{action.help} [%(default)s]'
 
@@ -207,14 +213,16 @@ def train_bpe(texts, size):
     counts = count_words(texts)
     times = list(counts.values())
     # fast in plain Python: a merge is one str.replace in each word that has the pair.
-    # a word is a string of pieces with bars between them; its bytes are the characters 0-255
+    # a word is a string of pieces, each between two bars of its own; its bytes are the characters
+    # 0-255
     bar = '\u0100'
-    words = [bar + bar.join(word.encode().decode('latin-1')) + bar for word in counts]
+    words = [''.join(bar + byte + bar for byte in word.encode().decode('latin-1'))
+             for word in counts]
     pairs = Counter()               # pair of neighbouring pieces -> how often it occurs
     where = defaultdict(set)        # pair -> the words that have it
 
     def count_pairs(i, sign):
-        pieces = words[i].split(bar)[1:-1]
+        pieces = words[i][1:-1].split(bar + bar)
         for pair in zip(pieces, pieces[1:]):
             pairs[pair] += sign * times[i]
             where[pair].add(i)
@@ -232,12 +240,11 @@ def train_bpe(texts, size):
         # the bars tell |a|b| from a piece that only ends in a, or begins with b
         first, second = best
         tokens[first + second] = None
-        apart = f'{bar}{first}{bar}{second}{bar}'
+        apart = f'{bar}{first}{bar}{bar}{second}{bar}'
         joined = f'{bar}{first}{second}{bar}'
         for i in where.pop(best):
             count_pairs(i, -1)
-            # twice: in runs such as "----" two neighbouring pairs share a bar
-            words[i] = words[i].replace(apart, joined).replace(apart, joined)
+            words[i] = words[i].replace(apart, joined)
             count_pairs(i, 1)
         del pairs[best]
     return {'name': f'bpe:{len(tokens) + len(SPECIAL)}', 'pattern': WORDS, 'tokens': list(tokens)}
@@ -852,7 +859,8 @@ def read_text(path):
     try:
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as error:
-        line = data[:error.start].count(b'\n') + 1
+        # of what stands behind such a mark
+        line = error.object[:error.start].count(b'\n') + 1
         fail(f'{path}, line {line}: not UTF-8; convert it, with iconv for example')
     if '\0' in text:
         line = text[:text.index('\0')].count('\n') + 1
@@ -930,7 +938,7 @@ def read_records(path, left_out):
             columns = pick_columns(record, where)
         texts = [text_in(record, column, where) for column in columns]
         # of Quora's pairs only those labelled as asking the same
-        if columns[0] == 'question1' and record.get('label', 1) != 1:
+        if columns[0] == 'question1' and str(record.get('label', 1)) not in ('1', 'True'):
             left_out['labelled as different'] += 1
         else:
             items.append(tuple(texts) if len(texts) == 2 else texts[0])
@@ -965,7 +973,12 @@ def read_files(names, by_line, left_out):
             found = read_tsv(path)
         if found is None:
             text = read_text(path)
-            found = lines_of(text) if by_line else [text]
+            found = [text]
+            if by_line:
+                found = []
+                for line in lines_of(text):
+                    # one that is blank is counted, see left_out
+                    found.extend(split_documents(line) or [''])
         items.extend(found)
     if len({type(item) for item in items}) > 1:
         fail('--input: mixes pairs and texts; give files of one kind')
@@ -1175,7 +1188,7 @@ def command_for(folder):
     words = ['python', 'prepare_data.py', folder.name]
     if folder.parent != Path('data'):
         words += ['--data', as_word(folder.parent)]
-    return shlex.join(words)
+    return as_command(words)
 
 
 def load_dataset(folder):
@@ -1183,7 +1196,7 @@ def load_dataset(folder):
     folder = Path(folder)
     # a text given to train_teacher.py
     if os.path.isfile(folder):
-        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', as_word(folder)])
+        command = as_command(['python', 'prepare_data.py', 'mine', '--input', as_word(folder)])
         fail(f'{folder} is a file, not a folder of prepared data; run: {command}')
     if not os.path.isfile(folder / 'meta.json'):
         fail(f'{folder} holds no prepared data; run: {command_for(folder)}')
@@ -1214,7 +1227,7 @@ def newest_dataset(root='data'):
         command = ['python', 'prepare_data.py', 'stories']
         if Path(root) != Path('data'):
             command += ['--data', as_word(root)]
-        fail(f'{root} holds no prepared data; first run: {shlex.join(command)}')
+        fail(f'{root} holds no prepared data; first run: {as_command(command)}')
     # of two from the same moment the last by name
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parent
 
@@ -1258,7 +1271,7 @@ def to_texts(rows, meta, encoding=None):
 
 
 def words_of(text):
-    """Words of any script, without regard to case; the names of special tokens are none."""
+    """Runs of letters, without regard to case; the names of special tokens are none."""
     text = re.sub('|'.join(SPECIAL), ' ', text)
     return re.findall(r'[^\W\d_]+', text.casefold())
 
@@ -1270,11 +1283,16 @@ UNSPACED = (r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff
 
 
 def has_spaces(words):
-    """Whether words are words, and not whole sentences of a script that has no spaces, or DNA."""
+    """
+    Whether words are words, and not whole sentences of a script that has no spaces, or DNA, nor the
+    bits between signs that Python takes for no letters, such as the vowels of Hindi.
+    """
     letters = ''.join(words)
     unspaced = len(letters) - len(re.sub(UNSPACED, '', letters))
-    # words of a text have 4 to 8 letters on average, from English to Finnish
-    return unspaced <= 0.5 * len(letters) and len(letters) <= 12 * len(words)
+    if unspaced > 0.5 * len(letters):
+        return False
+    # words of a text have 4 to 8 letters on average, from English to Finnish, in Korean 2 to 3
+    return 2 * len(words) <= len(letters) <= 12 * len(words)
 
 
 @functools.lru_cache(maxsize=4)
@@ -1333,7 +1351,9 @@ def parse(argv=None):
     add('--tokenizer', help='gpt2, bpe:N, byte, or bert:vocab.txt, which is lower case without '
         'line breaks; bpe:2048, or as in the papers')
     add('--length', type=positive, help='tokens per row; 32, or as in the papers')
-    add('--val', type=share, default=0.1, help='share held out; of a stream its end')
+    add('--val', type=share, default=0.1,
+        help='share held out, of a stream its end; of lm1b, owt, tinystories and wikitext at most '
+             'what is usual')
     add('--data', default='data', help='the folder that receives NAME/')
     return parser.parse_args(argv)
 
@@ -1342,7 +1362,7 @@ def check(args):
     """Stop at options that cannot be, before anything is read."""
     ours = args.name in BUILT_IN or args.name in HUB
     if not ours and not args.input and os.path.exists(args.name):
-        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', as_word(args.name)])
+        command = as_command(['python', 'prepare_data.py', 'mine', '--input', as_word(args.name)])
         fail(f'{args.name} is a file or a folder; give your text a name: {command}')
     if not re.fullmatch(r'\w[\w.-]*', args.name):
         fail(f'NAME {args.name!r}: must be of letters, digits, "_", "-" and "."')
@@ -1350,7 +1370,7 @@ def check(args):
         fail('NAME cache: that folder is for downloads; choose another name')
     if args.input and args.name in BUILT_IN:
         files = [as_word(name) for name in args.input]
-        command = shlex.join(['python', 'prepare_data.py', 'mine', '--input', *files])
+        command = as_command(['python', 'prepare_data.py', 'mine', '--input', *files])
         fail(f'{args.name} needs no --input; give your text a name: {command}')
     if not args.input and not ours:
         names = ', '.join([*BUILT_IN, *HUB])
@@ -1418,8 +1438,9 @@ def prepare_stream(args, items, tokenizer, left_out):
         texts = items
     else:
         # so many documents say enough of what is frequent
-        texts = [row['text'] for row in items.take(100_000) if row['text']]
-    spec = make_tokenizer(tokenizer, [text.replace('<|endoftext|>', '') for text in texts])
+        some = items.select(range(min(len(items), 100_000)))
+        texts = [row['text'] for row in some if row['text']]
+    spec = make_tokenizer(tokenizer, [clean(text).replace('<|endoftext|>', '') for text in texts])
     encoding = make_encoding(spec)
     if isinstance(items, list):
         ids, sizes, dropped = pack_texts(items, encoding, clean)
@@ -1492,7 +1513,7 @@ def main(argv=None):
     command = ['python', 'train_teacher.py']
     if Path(args.data) != Path('data'):
         command += ['--data', as_word(folder)]
-    print(f'next: {shlex.join(command)}')
+    print(f'next: {as_command(command)}')
 
 
 if __name__ == '__main__':

@@ -8,8 +8,8 @@ Write text with a trained model, in one network call by default.
     python sample.py assets/stories-teacher.pt --nfe 64 --watch
     python sample.py assets/stories-student.pt --compare assets/stories-teacher.pt
 
-Texts go to stdout, one a line. Which model wrote them, and figures that tell text from noise, go to
-stderr.
+Texts go to stdout, one a line; with --compare each model's figures, too. Otherwise figures that
+tell text from noise go to stderr.
 """
 
 import html
@@ -67,6 +67,11 @@ FOR_WHOM = {
     'method': 'diffusions',
     'clamp': 'diffusions',
 }
+
+
+# what makes a difference to texts only
+WRITING = ['prompt', 'infill', 'source', 'nfe', 'temperature', 'gamma', 'method', 'clamp', 'mbr',
+           'watch']
 
 
 def parse(argv=None):
@@ -151,6 +156,11 @@ def check_together(options):
         fail('--overwrite is for --export; add --export FILE')
     if options.info and options.export is not None:
         fail('--info and --export do not go together; run one after the other')
+    for only in ('info', 'export'):
+        if getattr(options, only):
+            for name in WRITING:
+                if getattr(options, name):
+                    fail(f'--{only} writes no text; leave out --{name}')
     # --compare prints more than one model's rows, so each needs its own figures
     if options.compare is not None:
         for name in ('mbr', 'watch', 'info', 'export'):
@@ -330,17 +340,15 @@ def read_sources(options, meta):
         return [options.source.strip()]
     if sys.stdin is None or sys.stdin.isatty():
         fail('this model writes from a source: give --source TEXT, or one per line on stdin')
+    # UTF-8, also where the system has another encoding; Windows begins with a byte-order mark
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.buffer.read().decode('utf-8-sig')
     except UnicodeDecodeError:
         fail('stdin is not text in UTF-8')
-    # Windows writes a byte-order mark before the first line
-    lines = text.removeprefix('\ufeff').split('\n')
+    lines = re.split('\r\n|\r|\n', text)
     sources = [line.strip() for line in lines if line.strip()]
     if not sources:
         fail('stdin holds no source; give --source TEXT, or one per line on stdin')
-    for source in sources:
-        check_unicode('stdin', source)
     return sources
 
 
@@ -456,14 +464,17 @@ def print_texts(rows, writer):
     sys.stdout.flush()
 
 
-def health_line(writer, rows, nfe, seconds, seed):
-    """Figures that tell text from noise, and how the rows were made; seconds None: not timed."""
+def health_line(writer, rows, nfe, ms, seed):
+    """
+    Figures that tell text from noise, and how the rows were made; ms: of each row that was written,
+    None where it was not timed.
+    """
     parts = []
     for name, value in health(rows, writer.meta, writer.data).items():
         parts.append(f'{name} {value:.3f}')
     made = [f'nfe {nfe}']
-    if seconds is not None:
-        made.append(f'{1000 * seconds / len(rows):.2f} ms per row')
+    if ms is not None:
+        made.append(f'{ms:.2f} ms per row')
     device = next(writer.model.parameters()).device
     made += [f'seed {seed}', f'{device}']
     return f'{len(rows)} rows: {", ".join(parts)}; {", ".join(made)}'
@@ -475,8 +486,9 @@ def health_line(writer, rows, nfe, seconds, seed):
 def frame_texts(tokens, given, writer):
     """The first rows as they are after a call, tokens and given (B, L): a list of texts."""
     # a call of an autoregressive model shows what it has written, not yet what is given further on
-    known = given[:FRAME_ROWS]
     tokens = tokens[:FRAME_ROWS].cpu()
+    # of a large vocabulary fewer rows than that are written at a time
+    known = given[:len(tokens)]
     rows = torch.where(known < 0, tokens, known)
     # <bos> stands where an autoregressive model has not written yet
     texts = [text.replace('<bos>', '') for _, text in to_texts(rows, writer.meta, writer.encoding)]
@@ -607,7 +619,8 @@ def compare(ours, teacher, options):
             frames.append(kept)
         rows, seconds = timed_rows(writer, given, nfe, options.seed, **how)
         # known words are looked up in our data for all
-        print(name, health_line(ours, rows, nfe, seconds, options.seed), flush=True)
+        ms = 1000 * seconds / len(rows)
+        print(name, health_line(ours, rows, nfe, ms, options.seed), flush=True)
         names.append(name)
         texts.append(to_texts(rows, ours.meta, ours.encoding))
     print_groups(names, texts, len(given), n, shown)
@@ -651,11 +664,12 @@ def write(ours, options):
     if watched:
         how['on_call'] = frames_drawn(given, ours, nfe)
     rows, seconds = timed_rows(ours, given, nfe, options.seed, **how)
+    # frames rest for the eye: the time is not the model's
+    ms = None if watched else 1000 * seconds / len(rows)
     if options.mbr is not None:
         rows = choose_rows(rows, ours.meta, n)
     print_texts(rows, ours)
-    # frames rest for the eye: the time is not the model's
-    tell(health_line(ours, rows, nfe, None if watched else seconds, options.seed))
+    tell(health_line(ours, rows, nfe, ms, options.seed))
 
 
 def main(options):

@@ -127,6 +127,13 @@ def test_bpe_merges_by_frequency():
     assert spec['tokens'][256:259] == ['lo', 'low', ' low']
 
 
+def test_bpe_merges_all_of_a_run():
+    """A run whose pairs share a letter, every second one of which is passed over."""
+    spec = prepare_data.make_tokenizer('bpe:300', ['-' * 16])
+
+    assert spec['tokens'][256:] == ['-' * 2, '-' * 4, '-' * 8, '-' * 16]
+
+
 def test_bpe_has_only_tokens_that_occur():
     """Vocabulary filled up with pairs that are nowhere in the text any more."""
     spec = prepare_data.make_tokenizer('bpe:512', ['ab ab'])
@@ -658,9 +665,22 @@ def test_rows_of_json_records_keep_their_lines(tmp_path, capsys):
     assert sorted(texts_of(train, meta) + texts_of(val, meta)) == sorted(verses)
 
 
+def test_a_row_ends_where_its_document_does(tmp_path, capsys):
+    """<|endoftext|> learnt as a text, in a file that has it in lines of its own."""
+    path = tmp_path / 'v.txt'
+    path.write_text('\n<|endoftext|>\n'.join(f'Verse {i}.' for i in range(40)))
+
+    meta, train, val, _ = prepared(capsys, path, 'v', '--rows', '--tokenizer', 'byte')
+
+    assert sorted(texts_of(train, meta) + texts_of(val, meta)) == sorted(
+        f'Verse {i}.' for i in range(40))
+
+
 def test_pairs_left_out_are_counted(tmp_path, capsys):
     """Pairs that are empty, double, or labelled as different, dropped without a word."""
     records = [{'question1': f'q{i}', 'question2': f'r{i}', 'label': 1} for i in range(40)]
+    # the label of a table that was text
+    records[0]['label'] = '1'
     records += [records[0], {'question1': 'a', 'question2': None, 'label': 1},
                 {'question1': 'a', 'question2': 'b', 'label': 0}]
     path = write_jsonl(tmp_path / 'q.jsonl', records)
@@ -869,6 +889,14 @@ def test_a_message_is_one_line_whatever_it_quotes(capsys):
 
     assert end.value.code == 2
     assert capsys.readouterr().err.endswith(': a b c\n')
+
+
+def test_a_command_for_windows_has_no_quotes(monkeypatch):
+    """Quotes around out\\stories, which its shell takes for a part of the name."""
+    monkeypatch.setattr(os, 'sep', '\\')
+
+    assert prepare_data.as_command(['python', 'a.py', 'out\\b c']) == "python a.py 'out/b c'"
+    assert prepare_data.as_command(['python', 'a.py', 'out\\b']) == 'python a.py out/b'
 
 
 def test_ctrl_c_in_prepare_is_one_line_and_130(capsys):
@@ -4209,9 +4237,10 @@ def test_a_byte_order_mark_is_no_part_of_a_source(tmp_path, monkeypatch, capsys)
     """The first source of a file from Windows, which then begins with a sign nobody sees."""
     path = make_checkpoint(tmp_path / 'dates.pt', 'dates', pairs=True, two_time=True)
     lines = tmp_path / 'lines.txt'
-    lines.write_text('\ufeff1987-03-23\n2024-02-29\n', encoding='utf-8')
+    lines.write_text('\ufeff1987-03-23\r\n2024-02-29\r\n', encoding='utf-8', newline='')
 
-    with open(lines, encoding='utf-8') as stdin:
+    # the encoding of Windows
+    with open(lines, encoding='cp1252') as stdin:
         monkeypatch.setattr(sys, 'stdin', stdin)
         status, out, err = run_sample(capsys, path, '-n', 1)
 
@@ -4271,6 +4300,8 @@ def test_bad_stdin_is_one_line(tmp_path, monkeypatch, capsys, content, word):
     ('--overwrite', '--export'),
     ('--export a', '.pt'),
     ('--export a.pt --info', '--info'),
+    ('--info --prompt a', '--prompt'),
+    ('--export a.pt --nfe 2', '--nfe'),
     ('--method euler', '--method')])
 def test_bad_options_are_refused_before_the_model_is_loaded(capsys, words, says):
     """A wrong value is found after minutes of work, or not at all."""

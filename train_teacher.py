@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -26,8 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_rows, count, load_dataset, newest_dataset, positive, rate,
-                          run_script, to_texts, why_not)
+from prepare_data import (Parser, as_command, as_rows, count, load_dataset, newest_dataset,
+                          positive, rate, run_script, to_texts, why_not)
 from prepare_data import share as share_type
 
 import numpy as np
@@ -652,7 +651,7 @@ def advice(o, out, it, meta, val):
         words = ['python', 'distill.py', str(out)]
     else:
         words = to_sample(out, meta, val)
-    return 'next: ' + shlex.join(words)
+    return 'next: ' + as_command(words)
 
 
 def main(o):

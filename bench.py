@@ -484,38 +484,27 @@ def samples_per_source(options):
     return max(options.per_source, options.mbr)
 
 
-def default_rows(path, options, meta, val):
-    """How many samples are drawn where no number is asked for; a line says if they are few."""
+def rows_to_draw(path, options, meta, val):
+    """How many samples are drawn: so many as are asked for, or as held-out text allows."""
     n = len(val) // meta['length']
     each = samples_per_source(options)
     # of text one half is compared with, the other one stands beside the samples
     most = n * each if meta['pairs'] else n // 2
-    # all samples of one source at least
-    rows = max(ROWS, each)
-    if most < rows:
-        print(f'{path}: its data hold out {n} rows: measuring {most} samples in place of {rows}')
-    return min(most, rows)
-
-
-def check_rows(path, options, meta, val):
-    """Stop where there is too little held-out text for so many samples."""
-    n = len(val) // meta['length']
-    each = samples_per_source(options)
-    if meta['pairs']:
-        if options.rows < each:
-            fail(f'--rows {options.rows}: must be at least the {each} samples of one source')
-        if options.rows // each > n:
-            fail(f'{path}: its data hold out {n} pairs, fewer than the {options.rows // each} '
-                 f'asked for; --rows {n * each}, or less')
-        return
-    if n < 4:
-        fail(f'{path}: its data hold out {n} rows of text, too few to compare with; prepare more')
-    if options.rows < 2:
-        fail(f'--rows {options.rows}: must be at least 2, as distances are between rows')
-    # one half is compared with, the other shows what real text scores: as many rows as samples
-    if options.rows > n // 2:
-        fail(f'{path}: its data hold out {n} rows, half of them to compare with and half to be '
-             f'compared; --rows {n // 2}, or less')
+    # all samples of one source; distances are between rows
+    least = each if meta['pairs'] else 2
+    if most < least:
+        fail(f'{path}: its data hold out {n} rows, too few to compare with; prepare more')
+    if options.rows is None:
+        rows = max(ROWS, least)
+        if most < rows:
+            print(f'{path}: its data hold out {n} rows: measuring {most} samples, not {rows}')
+        return min(most, rows)
+    if options.rows < least:
+        fail(f'--rows {options.rows}: must be at least {least}, or nothing can be compared')
+    if options.rows > most:
+        fail(f'{path}: its data hold out {n} rows, too few for so many samples; --rows {most}, or '
+             'less')
+    return options.rows
 
 
 def check_pair_options(options, first, pairs):
@@ -808,9 +797,7 @@ def quality(options, device):
     check_pair_options(options, first, meta['pairs'])
     check_sampling(options, opened)
     data = check_data(first, opened[first])
-    if options.rows is None:
-        options.rows = default_rows(first, options, meta, data[-1])
-    check_rows(first, options, meta, data[-1])
+    options.rows = rows_to_draw(first, options, meta, data[-1])
     check_packages(first, options, meta)
     scorer = check_scorer(options, first, meta, device)
     report = Report(options.out or free_name('out/quality.json'), options, device)
@@ -1465,6 +1452,9 @@ def picture(lines, path):
 def main(options):
     """Do what the first word of the command line says."""
     device = pick_device(options.device)
+    # the clocks here are those of the first GPU
+    if device.type == 'cuda' and device.index:
+        fail(f'--device {device}: name a GPU by CUDA_VISIBLE_DEVICES={device.index} in place of it')
     kinds = {'quality': quality, 'speed': speed, 'train': train, 'gpu': gpu}
     kinds[options.what](options, device)
 

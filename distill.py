@@ -815,11 +815,23 @@ class Run:
     about: dict             # what a checkpoint says of its data, options and teacher
 
 
+def folder_of(o, path, meta):
+    """The folder to write to, for the teacher in this file."""
+    # beside the teacher's folder; a file such as a shipped one has none
+    beside = path.parent.parent if path.name == 'model.pt' else Path('out') / meta['name']
+    kind = 'refined' if o.guide else 'distilled'
+    if o.stage == 'masked':
+        kind = 'mdlm'
+    return Path(o.out or beside / STUDENTS[kind])
+
+
 def prepare(o):
     """Everything that a run needs, checked before anything is written."""
     rank, world, device = start_processes(o)
     if o.leg == 0:
         fail('--leg 0: the teacher would not be asked; give more, up to 1')
+
+    # the models that are learnt from say what kind of run it is, and so which preset
     path = find_teacher(o.teacher)
     teacher, teacher_ckpt = load_teacher(path, device)
     o.teacher = str(path)
@@ -827,6 +839,8 @@ def prepare(o):
     o.stage = stage_of(o, teacher)
     apply_preset(o, device, PRESETS, o.stage)
     check_shares(o)
+
+    # the data say how many rows and targets fit into memory
     automatic = not o.parts
     set_parts(o, world)
     meta, train, val = load_same_data(o, teacher_ckpt)
@@ -836,16 +850,13 @@ def prepare(o):
         more_parts(o, meta, device)
     if o.stage == 'flow map' and o.method == 'rollout':
         fit_lessons(o, meta, rank)
+
+    # what a checkpoint says of its parents, by which a run that goes on knows them
     parents = {'teacher': {'path': o.teacher, 'crc': zlib.crc32(path.read_bytes()),
                            'options': teacher_ckpt['options']}}
     if o.guide:
         parents['guide'] = {'crc': zlib.crc32(checkpoint_path(o.guide).read_bytes())}
-    # beside the teacher's folder; a file such as a shipped one has none
-    beside = path.parent.parent if path.name == 'model.pt' else Path('out') / meta['name']
-    kind = 'refined' if o.guide else 'distilled'
-    if o.stage == 'masked':
-        kind = 'mdlm'
-    out = Path(o.out or beside / STUDENTS[kind])
+    out = folder_of(o, path, meta)
     ckpt = check_out(out, o, meta, **parents)
     about = dict(meta=meta, options=vars(o), **parents)
     return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)

@@ -98,14 +98,22 @@ dates-diffuseq: data/dates
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/position $Q/one-call --method ddim \
 	  --nfe 1 4 50 --rows 500 --seeds 2 --out assets/dates-diffuseq.json
 
-# real pairs: questions asked twice on Quora. The figures of the page are of another cut of the same
-# questions (--input), and of 100 sources
+# real pairs: questions asked twice on Quora, both methods and an autoregressive model. The figures of
+# the page are of another cut of the same questions (--input)
 K = out/qqp-diffuseq
 qqp: data/qqp
-	$(PY) train_teacher.py --data data/qqp --model diffuseq --channels 64 --iters 5000 \
-	  --eval-every 1000
-	$(PY) distill.py $K/teacher --iters 400 --eval-every 100 --decay 0.9
-	$(PY) bench.py quality $K/teacher $K/student --nfe 1 10 50 --rows 100 --out assets/qqp.json
+	$(PY) train_teacher.py --data data/qqp --model diffuseq --channels 64 --iters 8000 \
+	  --eval-every 2000
+	$(PY) distill.py $K/teacher --iters 600 --eval-every 100 --decay 0.9
+	$(PY) distill.py $K/teacher --no-row-noise --out $K/position --iters 600 --eval-every 100 \
+	  --decay 0.9
+	$(PY) train_teacher.py --data data/qqp --channels 8 --stagger 0 --batch 64 --iters 2000 \
+	  --eval-every 500
+	$(PY) distill.py out/qqp/teacher --lessons 6000 --iters 900 --eval-every 450
+	$(PY) train_teacher.py --data data/qqp --model ar --batch 64 --iters 1500 --eval-every 500
+	$(PY) bench.py quality $K/teacher $K/student $K/position out/qqp/teacher out/qqp/student \
+	  out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json
+	$(PY) bench.py quality $K/teacher --clamp --nfe 10 50 --rows 500 --out assets/qqp-clamp.json
 
 speed: .venv
 	$(PY) bench.py speed student,32,2048,128@1,4 flm,32,2048,128@8,64 mdlm,32,2048,128@8,64 \

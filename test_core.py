@@ -6043,7 +6043,12 @@ SYSTEMS = {
         'DiffuSeq teacher, ddim': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student',
         "DLM-One student, the paper's noise": 'diffuseq/position',
         'the same, refined (ours)': 'diffuseq/one-call'},
-    'qqp': {'DiffuSeq teacher': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student'},
+    'qqp': {
+        'DiffuSeq teacher': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student',
+        "DLM-One student, the paper's noise": 'diffuseq/position',
+        'FLM teacher': 'qqp/teacher', 'FMLM student': 'qqp/student',
+        'AR, with a cache': 'qqp-ar/teacher'},
+    'qqp-clamp': {'DiffuSeq teacher, --clamp': 'diffuseq/teacher'},
     'speed': {
         'student': 'student,32,2048,128', 'FLM teacher': 'flm,32,2048,128',
         'MDLM': 'mdlm,32,2048,128', 'AR, with a cache': 'ar,32,2048,128',

@@ -59,8 +59,8 @@ short-%: data/stories
 # the docstrings of Python: real text, too rich for two million parameters
 P = out/pydocs
 pydocs: data/pydocs
-	$(PY) train_teacher.py --data data/pydocs --channels 8 --stagger 0 --batch 64 --iters 2600 \
-	  --eval-every 650
+	$(PY) train_teacher.py --data data/pydocs --axis loss --channels 8 --stagger 0 --batch 64 \
+	  --iters 2600 --eval-every 650
 	$(PY) distill.py $P/teacher --lessons 6000 --iters 900
 	$(PY) train_teacher.py --data data/pydocs --model mdlm --iters 2400 --eval-every 600
 	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \

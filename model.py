@@ -61,7 +61,7 @@ class Config:
     dropout: float = 0.0         # on attention-out and MLP-out
     gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
     hidden_input: bool = False   # a hidden layer between the rows of E and the first block
-    axis: str = 'paper'          # flm: tau(t), one of paper | measured | uniform
+    axis: str = 'paper'          # flm: tau(t), one of paper | measured | loss | uniform
     stagger: float = 0.0         # flm: delay of the last token, in the time that each takes
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
@@ -336,7 +336,7 @@ class OneHotFlow(Model):
     def __init__(self, config):
         super().__init__(config, config.vocab)
         signal_scale = 1.0
-        if config.axis == 'measured':
+        if config.axis in ('measured', 'loss'):
             # ours: where training begins, see refit_axis: the axis of a reader of h, which is a
             # projection of x_t from V to C directions, in which a share C/V of its energy lies
             signal_scale = min(1, config.channels / config.vocab) ** 0.5
@@ -352,7 +352,8 @@ class OneHotFlow(Model):
         ours: let tau rise as the root of the network's own loss on these rows (B, L) falls, seen at
         33 times of tokens. By the loss itself each call of a sampler would decide as much as any
         other; by its root more calls are left for the end, where few tokens are open, but each may
-        spoil its text (assets/ablations.md). FLM's axis follows a reader of all of x_t, of which
+        spoil its text; `axis` loss is for text where that does not pay (assets/ablations.md). FLM's
+        axis follows a reader of all of x_t, of which
         the network sees C numbers. Returns the new taus.
         """
         # without dropout
@@ -389,8 +390,10 @@ class OneHotFlow(Model):
         loss = torch.cummin(loss, 0).values - 1e-6 * grid
         # the share of the loss that is left
         left = (loss - loss[-1]) / (loss[0] - loss[-1])
+        if self.config.axis != 'loss':
+            left = left.sqrt()
         # half of the old axis stays: one rough measure does little harm
-        new = 0.5 * (1 - left.sqrt()) + 0.5 * grid
+        new = 0.5 * (1 - left) + 0.5 * grid
         self.taus.copy_(interpolate(self.taus, grid, new))
         return self.taus
 

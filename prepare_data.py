@@ -1507,7 +1507,7 @@ def main(argv=None):
     print(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; '
           f'{kind} of {length}; {tokenizer}, {V:,} tokens; {time.time() - start:.0f} s')
     if args.name != 'stories':
-        better = '--stagger 0' if pairs else '--channels 8 --stagger 0'
+        better = '--stagger 0' if pairs else '--channels 8 --stagger 0 --axis loss'
         print(f'the settings of a laptop are for stories; a flow of other text needs {better}')
     # the newest in data/ is what train_teacher.py takes anyway
     command = ['python', 'train_teacher.py']

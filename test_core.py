@@ -1287,6 +1287,26 @@ def test_measured_axis_lets_tau_rise_as_the_root_of_the_loss_falls(stagger):
     assert flow.taus[-1] == 1
 
 
+@pytest.mark.parametrize('axis', ['measured', 'loss'])
+def test_the_axis_follows_the_loss_or_its_root(axis):
+    """An option that does nothing."""
+    flow = tiny(axis=axis)
+    old = flow.taus.clone()
+
+    def predict(h, given, tau):
+        # nats of token 0 at its own time: 1 - tau
+        p = torch.exp(flow.token_tau(tau, given) - 1)
+        others = torch.log((1 - p) / 7 + 1e-9)
+        return torch.cat([p.log()[..., None], others[..., None].expand(-1, -1, 7)], -1)
+
+    flow.predict = predict
+    flow.refit_axis(torch.zeros(2, 6).long(), nothing_given(2), seed=0)
+
+    falls = 1 - (1 - old) ** (0.5 if axis == 'measured' else 1)
+    before = old < 31 / 32
+    assert torch.allclose(flow.taus[before], (falls / 2 + old / 2)[before], atol=4e-3)
+
+
 def test_the_axis_is_measured_without_dropout():
     """Another axis in each of several processes, whose dropout differs."""
     axes = []

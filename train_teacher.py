@@ -97,7 +97,8 @@ def parse(argv=None):
     add('--hidden-input', action=argparse.BooleanOptionalAction,
         help='a hidden layer between the embedding and the first block')
     # the loss
-    add('--axis', choices=['paper', 'measured', 'uniform'], help='flm: how tau runs along t')
+    add('--axis', choices=['paper', 'measured', 'loss', 'uniform'],
+        help='flm: how tau runs along t; by the root of the measured loss, or by the loss itself')
     add('--stagger', type=rate,
         help='flm: how much later the last token is written than the first; 0: all together')
     add('--given', type=share_type,
@@ -685,7 +686,8 @@ def main(o):
             bins.check(it, out)
         if log_due:
             log.record(it, **bins.record())
-            if o.model == 'flm' and o.axis == 'measured' and 2 * it <= o.iters:
+            measured = o.model == 'flm' and o.axis in ('measured', 'loss')
+            if measured and 2 * it <= o.iters:
                 with autocast(device):
                     tokens, given, _ = batch
                     ema.taus.copy_(model.refit_axis(tokens[:16], given[:16], seed=it))

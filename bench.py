@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Config, autocast, build, compile_net, has_bf16, is_student, load, pick_device,
-                   round_weights, time_axis, write_rows)
-from sample import newest_students
+                   round_weights, time_axis)
+from sample import newest_students, timed_rows
 from train_teacher import up_to
 
 # samples of each model, unless --rows says otherwise or too little text is held out
@@ -500,7 +500,9 @@ def rows_to_draw(path, options, meta, val):
             print(f'{path}: its data hold out {n} rows: measuring {most} samples, not {rows}')
         return min(most, rows)
     if options.rows < least:
-        fail(f'--rows {options.rows}: must be at least {least}, or nothing can be compared')
+        if meta['pairs']:
+            fail(f'--rows {options.rows}: must be at least the {least} samples of one source')
+        fail(f'--rows {options.rows}: must be at least {least}, as distances are between rows')
     if options.rows > most:
         fail(f'{path}: its data hold out {n} rows, too few for so many samples; --rows {most}, or '
              'less')
@@ -763,15 +765,13 @@ def measure(model, reference, options, nfe, seed):
     """All figures of one model at one nfe and seed: a dict."""
     how = sampling(options, model.config)
     known, given = known_rows(reference, options, seed)
-    # the first call of as many rows is slow
-    write_rows(model, given, 1, seed)
-    rows, seconds = write_rows(model, given, nfe, seed, **how)
+    rows, ms = timed_rows(model, given, nfe, seed, **how)
     if reference.meta['pairs']:
         figures = source_figures(rows, known, reference, options)
     else:
         figures = text_figures(rows, reference)
     # of --mbr, the time of a row that is kept
-    figures['ms_per_row'] = 1000 * seconds * options.mbr / len(rows)
+    figures['ms_per_row'] = ms * options.mbr
     return figures
 
 

@@ -398,6 +398,7 @@ class Fake(torch.nn.Module):
 
     @property
     def net(self):
+        """The network of any model, which compile_on_gpu compiles."""
         return self.model.net
 
     def keep_middle(self, block, inputs, output):
@@ -910,8 +911,7 @@ def main(o):
         start = run.ckpt['iter']
         means = Means(run.ckpt['means'], run.device)
     best = Best(ema, o, run.ckpt)
-    others = [run.guide, run.teacher, *others_of(stage).values()]
-    compile_on_gpu(o, run.device, [student, *others])
+    compile_on_gpu(o, run.device, [student, run.guide, run.teacher, *others_of(stage).values()])
     if o.stage == 'flow map':
         make_lessons_again(stage, start, o, run)
     log = Log(run.out, o.iters, start, o.batch * meta['length'])

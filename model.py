@@ -43,6 +43,9 @@ ONE_CALL_START = 1 - 1491 / 2000
 # DiffuSeq's clean end is itself a little noisy, x = E[token] + 0.121 n: its b at index 0
 GRAIN = 0.121
 
+# ours: the time axes that follow the network's own loss, see OneHotFlow.refit_axis
+MEASURED_AXES = ('measured', 'loss')
+
 # folders that distill.py writes to, each beside its teacher's
 STUDENTS = {'distilled': 'student', 'refined': 'one-call', 'mdlm': 'sdtt'}
 
@@ -336,7 +339,7 @@ class OneHotFlow(Model):
     def __init__(self, config):
         super().__init__(config, config.vocab)
         signal_scale = 1.0
-        if config.axis in ('measured', 'loss'):
+        if config.axis in MEASURED_AXES:
             # ours: where training begins, see refit_axis: the axis of a reader of h, which is a
             # projection of x_t from V to C directions, in which a share C/V of its energy lies
             signal_scale = min(1, config.channels / config.vocab) ** 0.5
@@ -353,8 +356,8 @@ class OneHotFlow(Model):
         33 times of tokens. By the loss itself each call of a sampler would decide as much as any
         other; by its root more calls are left for the end, where few tokens are open, but each may
         spoil its text; `axis` loss is for text where that does not pay (assets/ablations.md). FLM's
-        axis follows a reader of all of x_t, of which
-        the network sees C numbers. Returns the new taus.
+        axis follows a reader of all of x_t, of which the network sees C numbers. Returns the new
+        taus.
         """
         # without dropout
         training = self.training

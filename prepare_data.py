@@ -216,8 +216,9 @@ def train_bpe(texts, size):
     # a word is a string of pieces, each between two bars of its own; its bytes are the characters
     # 0-255
     bar = '\u0100'
-    words = [''.join(bar + byte + bar for byte in word.encode().decode('latin-1'))
-             for word in counts]
+    words = []
+    for word in counts:
+        words.append(bar + (bar + bar).join(word.encode().decode('latin-1')) + bar)
     pairs = Counter()               # pair of neighbouring pieces -> how often it occurs
     where = defaultdict(set)        # pair -> the words that have it
 

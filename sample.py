@@ -156,11 +156,10 @@ def check_together(options):
         fail('--overwrite is for --export; add --export FILE')
     if options.info and options.export is not None:
         fail('--info and --export do not go together; run one after the other')
-    for only in ('info', 'export'):
-        if getattr(options, only):
-            for name in WRITING:
-                if getattr(options, name):
-                    fail(f'--{only} writes no text; leave out --{name}')
+    if options.info or options.export is not None:
+        for name in WRITING:
+            if getattr(options, name):
+                fail(f'--{name} is of no use to --info and --export, which write no text')
     # --compare prints more than one model's rows, so each needs its own figures
     if options.compare is not None:
         for name in ('mbr', 'watch', 'info', 'export'):
@@ -394,11 +393,12 @@ def known_rows(writer, options, sources, n):
 # -----------------------------------------------------------------------------
 # Writing, choosing, printing
 
-def timed_rows(writer, given, nfe, seed, **how):
-    """Rows for given (B, L) on the CPU, and the seconds they took; see model.write_rows."""
-    # the first call of all is slow, and says nothing of the others
-    write_rows(writer.model, given[:1], 1, seed)
-    return write_rows(writer.model, given, nfe, seed, **how)
+def timed_rows(model, given, nfe, seed, **how):
+    """Rows for given (B, L) on the CPU, and the milliseconds of each; see model.write_rows."""
+    # the first call of so many rows, 256 at a time, is slow, and says nothing of the others
+    write_rows(model, given[:256], 1, seed)
+    rows, seconds = write_rows(model, given, nfe, seed, **how)
+    return rows, 1000 * seconds / len(rows)
 
 
 def most_alike(texts):
@@ -617,9 +617,8 @@ def compare(ours, teacher, options):
             # looking at each call takes a little time, so only where a film asks for it
             how['on_call'], kept = frames_kept(given, writer)
             frames.append(kept)
-        rows, seconds = timed_rows(writer, given, nfe, options.seed, **how)
+        rows, ms = timed_rows(writer.model, given, nfe, options.seed, **how)
         # known words are looked up in our data for all
-        ms = 1000 * seconds / len(rows)
         print(name, health_line(ours, rows, nfe, ms, options.seed), flush=True)
         names.append(name)
         texts.append(to_texts(rows, ours.meta, ours.encoding))
@@ -663,13 +662,12 @@ def write(ours, options):
         tell('--watch draws in a terminal only; here the texts alone are printed')
     if watched:
         how['on_call'] = frames_drawn(given, ours, nfe)
-    rows, seconds = timed_rows(ours, given, nfe, options.seed, **how)
-    # frames rest for the eye: the time is not the model's
-    ms = None if watched else 1000 * seconds / len(rows)
+    rows, ms = timed_rows(ours.model, given, nfe, options.seed, **how)
     if options.mbr is not None:
         rows = choose_rows(rows, ours.meta, n)
     print_texts(rows, ours)
-    tell(health_line(ours, rows, nfe, ms, options.seed))
+    # frames rest for the eye: the time is not the model's
+    tell(health_line(ours, rows, nfe, None if watched else ms, options.seed))
 
 
 def main(options):

@@ -5296,7 +5296,7 @@ def no_samples(monkeypatch):
     """Any sample that is drawn, and any time that is taken, is an error."""
     def never(*how, **more):
         raise AssertionError('measured before all was checked')
-    monkeypatch.setattr(bench, 'write_rows', never)
+    monkeypatch.setattr(bench, 'timed_rows', never)
     monkeypatch.setattr(bench, 'text_figures', never)
     monkeypatch.setattr(bench, 'median_time', never)
 
@@ -5357,7 +5357,7 @@ def test_too_little_held_out_text_is_refused_with_what_would_do(text, pairs, cap
     message = bench_refused(capsys, 'quality', 'p.pt', '--mbr', 3, '--rows', 500)
     assert '--rows 60, or less' in message
     message = bench_refused(capsys, 'quality', 'p.pt', '--per-source', 4, '--rows', 3)
-    assert 'at least 4' in message
+    assert 'at least the 4' in message
     few = make_data(Path('data/few'), [f'{n} bottles' for n in range(15)], 'byte', 24)
     make_model(Path('f.pt'), few)
     assert 'hold out 3 rows, too few' in bench_refused(capsys, 'quality', 'f.pt')

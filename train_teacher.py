@@ -33,8 +33,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (Config, autocast, build, compile_net, fail, generator, has_bf16, load,
-                   pick_device, save)
+from model import (MEASURED_AXES, Config, autocast, build, compile_net, fail, generator, has_bf16,
+                   load, pick_device, save)
 
 # -----------------------------------------------------------------------------
 # Options
@@ -97,7 +97,7 @@ def parse(argv=None):
     add('--hidden-input', action=argparse.BooleanOptionalAction,
         help='a hidden layer between the embedding and the first block')
     # the loss
-    add('--axis', choices=['paper', 'measured', 'loss', 'uniform'],
+    add('--axis', choices=['paper', *MEASURED_AXES, 'uniform'],
         help='flm: how tau runs along t; by the root of the measured loss, or by the loss itself')
     add('--stagger', type=rate,
         help='flm: how much later the last token is written than the first; 0: all together')
@@ -686,8 +686,7 @@ def main(o):
             bins.check(it, out)
         if log_due:
             log.record(it, **bins.record())
-            measured = o.model == 'flm' and o.axis in ('measured', 'loss')
-            if measured and 2 * it <= o.iters:
+            if o.model == 'flm' and o.axis in MEASURED_AXES and 2 * it <= o.iters:
                 with autocast(device):
                     tokens, given, _ = batch
                     ema.taus.copy_(model.refit_axis(tokens[:16], given[:16], seed=it))

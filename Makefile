@@ -102,17 +102,18 @@ dates-diffuseq: data/dates
 # the page are of another cut of the same questions (--input)
 K = out/qqp-diffuseq
 qqp: data/qqp
-	$(PY) train_teacher.py --data data/qqp --model diffuseq --channels 64 --iters 8000 \
-	  --eval-every 2000
-	$(PY) distill.py $K/teacher --iters 600 --eval-every 100 --decay 0.9
-	$(PY) distill.py $K/teacher --no-row-noise --out $K/position --iters 600 --eval-every 100 \
+	$(PY) train_teacher.py --data data/qqp --model diffuseq --iters 8000 --eval-every 2000
+	$(PY) distill.py $K/teacher --iters 800 --eval-every 100 --decay 0.9
+	$(PY) distill.py $K/teacher --no-row-noise --out $K/position --iters 800 --eval-every 100 \
 	  --decay 0.9
-	$(PY) train_teacher.py --data data/qqp --channels 8 --stagger 0 --batch 64 --iters 2000 \
-	  --eval-every 500
+	$(PY) distill.py $K/teacher --guide $K/student --out $K/one-call --iters 400 --decay 1 \
+	  --eval-every 100
+	$(PY) train_teacher.py --data data/qqp --axis loss --channels 8 --stagger 0 --batch 64 \
+	  --iters 2000 --eval-every 500
 	$(PY) distill.py out/qqp/teacher --lessons 6000 --iters 900 --eval-every 450
 	$(PY) train_teacher.py --data data/qqp --model ar --batch 64 --iters 1500 --eval-every 500
-	$(PY) bench.py quality $K/teacher $K/student $K/position out/qqp/teacher out/qqp/student \
-	  out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json
+	$(PY) bench.py quality $K/teacher $K/student $K/position $K/one-call out/qqp/teacher \
+	  out/qqp/student out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json
 	$(PY) bench.py quality $K/teacher --clamp --nfe 10 50 --rows 500 --out assets/qqp-clamp.json
 
 speed: .venv

@@ -6066,6 +6066,7 @@ SYSTEMS = {
     'qqp': {
         'DiffuSeq teacher': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student',
         "DLM-One student, the paper's noise": 'diffuseq/position',
+        'the same, refined (ours)': 'diffuseq/one-call',
         'FLM teacher': 'qqp/teacher', 'FMLM student': 'qqp/student',
         'AR, with a cache': 'qqp-ar/teacher'},
     'qqp-clamp': {'DiffuSeq teacher, --clamp': 'diffuseq/teacher'},

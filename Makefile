@@ -66,7 +66,8 @@ pydocs: data/pydocs
 	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 300 --seeds 2 --out assets/pydocs.json
 
-# those of dates in assets/ are of an earlier recipe, and better than these: see assets/results.md
+# those of dates in assets/ are of an earlier recipe, and better at more than one call, see
+# assets/results.md
 weights:
 	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite
 	$(PY) sample.py out/stories/teacher --export assets/stories-teacher.pt --overwrite
@@ -106,8 +107,8 @@ qqp: data/qqp
 	$(PY) distill.py $K/teacher --iters 800 --eval-every 100 --decay 0.9
 	$(PY) distill.py $K/teacher --no-row-noise --out $K/position --iters 800 --eval-every 100 \
 	  --decay 0.9
-	$(PY) distill.py $K/teacher --guide $K/student --out $K/one-call --iters 400 --decay 1 \
-	  --eval-every 100
+	$(PY) distill.py $K/teacher --guide $K/student --out $K/one-call-1 --iters 400 --decay 1
+	$(PY) distill.py $K/teacher --guide $K/one-call-1 --out $K/one-call --iters 400 --decay 1
 	$(PY) train_teacher.py --data data/qqp --axis loss --channels 8 --stagger 0 --batch 64 \
 	  --iters 2000 --eval-every 500
 	$(PY) distill.py out/qqp/teacher --lessons 6000 --iters 900 --eval-every 450

@@ -99,8 +99,8 @@ dates-diffuseq: data/dates
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/position $Q/one-call --method ddim \
 	  --nfe 1 4 50 --rows 500 --seeds 2 --out assets/dates-diffuseq.json
 
-# real pairs: questions asked twice on Quora, both methods and an autoregressive model. The figures of
-# the page are of another cut of the same questions (--input)
+# real pairs: questions asked twice on Quora, both methods and an autoregressive model. The figures
+# of the page are of another cut of the same questions (--input)
 K = out/qqp-diffuseq
 qqp: data/qqp
 	$(PY) train_teacher.py --data data/qqp --model diffuseq --iters 8000 --eval-every 2000

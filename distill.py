@@ -46,17 +46,17 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 # ours, for minutes on a CPU: copies of the teacher's own way (rollout_target), kept as Lessons;
 # more rows at (0, 1), higher rates
 LAPTOP = dict(
-    method='rollout', lessons=10_000, diagonal=0.125, boundary=0.85, given=0.15, dropout=0.0,
-    row_noise=True, iters=1000, batch=64, optimiser='muon', lr=2e-3, beta2=0.99, clip=1.0,
-    warmup=50, decay=0.6, ema=0.999, eval_every=500)
+    method='rollout', lessons=10_000, noise_levels=4, diagonal=0.125, boundary=0.85, given=0.15,
+    dropout=0.0, row_noise=True, iters=1000, batch=64, optimiser='muon', lr=2e-3, beta2=0.99,
+    clip=1.0, warmup=50, decay=0.6, ema=0.999, eval_every=500)
 # score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam
 LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4, 'iters': 300, 'eval_every': 150}
 
 # FMLM, arXiv:2602.16813
 PAPER = dict(
-    method='semigroup', lessons=0, diagonal=0.5, boundary=1 / 32, given=0.0, dropout=0.1,
-    row_noise=False, iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95, clip=1.0,
-    warmup=2500, decay=0.0, ema=0.9999, eval_every=5000)
+    method='semigroup', lessons=0, noise_levels=0, diagonal=0.5, boundary=1 / 32, given=0.0,
+    dropout=0.1, row_noise=False, iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95,
+    clip=1.0, warmup=2500, decay=0.0, ema=0.9999, eval_every=5000)
 # SiD, arXiv:2404.04057, on a teacher of DiffuSeq's; DLM-One's number of iterations is not known
 PAPER_SCORE = {
     **PAPER, 'dropout': 0.0, 'iters': 50_000, 'lr': 1e-5, 'beta2': 0.999, 'clip': 0.0, 'warmup': 0}
@@ -102,6 +102,8 @@ def parse(argv=None):
     add('--rollout', type=positive, default=16, help="flow: the teacher's calls that are copied")
     add('--lessons', type=count,
         help='rollout: jumps that are kept and learnt again and again; 0: always new ones')
+    add('--noise-levels', type=count,
+        help='flow: values that noise takes in each channel; 0: any')
     # score distillation
     add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
     add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
@@ -655,7 +657,8 @@ def build_student(teacher, guide, o):
     if guide or teacher.config.model == 'mdlm':
         config = replace(source.config, dropout=o.dropout)
     elif teacher.config.model == 'flm':
-        config = replace(teacher.config, dropout=o.dropout, two_time=True)
+        config = replace(teacher.config, dropout=o.dropout, two_time=True,
+                         noise_levels=o.noise_levels)
     else:
         config = replace(teacher.config, dropout=o.dropout, start=ONE_CALL_START,
                          row_noise=o.row_noise)

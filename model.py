@@ -67,6 +67,7 @@ class Config:
     axis: str = 'paper'          # flm: tau(t), one of paper | measured | loss | uniform
     stagger: float = 0.0         # flm: delay of the last token, in the time that each takes
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
+    noise_levels: int = 0        # flm: values that noise takes in each channel; 0: any
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
     all_positions: bool = False  # diffuseq: error and grain at the source's positions, too
@@ -278,6 +279,17 @@ def time_axis(K, signal_scale=1.0, knots=1001):
     return ts, (1 - 1e-4) * taus + 1e-4 * ts
 
 
+def noise_levels(count):
+    """
+    ours: the values that a student's noise takes, the middles of `count` equally likely parts of
+    N(0, 1), scaled to mean square 1: (count,). Noise is then one of count^C symbols at each
+    position, and a student has no ties between texts to learn that lie between two of them
+    (assets/ablations.md).
+    """
+    middles = torch.special.ndtri((torch.arange(count) + 0.5) / count)
+    return middles / middles.square().mean().sqrt()
+
+
 def interpolate(x, xs, ys):
     """Piecewise linear y(x) through knots (xs, ys), xs rising; x of any shape."""
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
@@ -348,6 +360,8 @@ class OneHotFlow(Model):
             taus = ts
         self.register_buffer('ts', ts.float(), persistent=False)
         self.register_buffer('taus', taus.float())
+        # none: noise may take any value
+        self.register_buffer('levels', noise_levels(config.noise_levels), persistent=False)
 
     @torch.no_grad()
     def refit_axis(self, tokens, given, seed):
@@ -431,7 +445,8 @@ class OneHotFlow(Model):
         """
         E = self.net.embed
         V, C = E.shape
-        if min(positions, V) <= C:
+        # noise on levels has them in C channels
+        if V <= C or (positions <= C and len(self.levels) == 0):
             return fill_up(E, 0)
         # in bf16 the product would not be positive definite
         with torch.autocast(E.device.type, enabled=False):
@@ -445,7 +460,12 @@ class OneHotFlow(Model):
         """eps E for eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C)."""
         if factor is None:
             factor = self.noise_factor(B * L)
-        z = torch.randn(B, L, len(factor), generator=rng, device=factor.device)
+        shape = (B, L, len(factor))
+        if len(self.levels) > 0:
+            which = torch.randint(len(self.levels), shape, generator=rng, device=factor.device)
+            z = self.levels[which]
+        else:
+            z = torch.randn(shape, generator=rng, device=factor.device)
         return z @ factor
 
     def corrupt(self, tokens, given, tau, rng=None):

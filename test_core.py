@@ -1348,6 +1348,33 @@ def test_projected_noise_has_the_law_of_dense_noise():
     assert (covariance - want).abs().max() < 0.08 * want.diagonal().max()
 
 
+@torch.no_grad()
+def test_noise_on_levels_has_few_symbols_and_the_same_covariance():
+    """Noise of another size than the teacher knows, or of any value after all."""
+    flow = tiny(vocab=80, channels=3, noise_levels=4)
+    E = flow.net.embed
+
+    # no more positions than channels, and many
+    few = torch.cat([flow.noise(1, 3) for _ in range(1000)])
+    many = flow.noise(20_000, 1)
+
+    for noise in (few, many):
+        assert len(noise.flatten(0, 1).unique(dim=0)) == 4 ** 3
+    want = E.T @ E
+    assert (torch.cov(many.flatten(0, 1).T) - want).abs().max() < 0.08 * want.diagonal().max()
+
+
+def test_levels_are_equally_likely_parts_of_the_normal_law():
+    """Levels crowded in the middle, or all at the ends."""
+    levels = models.noise_levels(5)
+
+    assert torch.allclose(levels, -levels.flip(0), atol=1e-6)
+    assert levels.square().mean() == pytest.approx(1)
+    # the middles of fifths: quantiles at 10, 30, 50, 70 and 90 %
+    assert levels[4] / levels[3] == pytest.approx(1.28155 / 0.52440, rel=1e-4)
+    assert models.noise_levels(2).tolist() == [-1, 1]
+
+
 def dense_and_projected(flow, t):
     """x_t (B, L, V) and its projection (B, L, C), made apart from the same noise."""
     E = flow.net.embed.detach()
@@ -1908,6 +1935,7 @@ def test_fresh_flow_map_is_its_teacher_whatever_time_it_is_told():
     for t in (s, torch.ones(3)):
         assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
     assert [name for name, p in student.named_parameters() if not p.requires_grad] == ['net.embed']
+    assert student.config.noise_levels == o.noise_levels == 4
 
 
 @torch.no_grad()
@@ -2909,8 +2937,8 @@ DIFFUSEQ = {
     **FLM, 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0, 'decay': 1.,
     'batch': 2048, 'iters': 50_000}
 FMLM = dict(
-    method='semigroup', diagonal=.5, boundary=1 / 32, given=0., dropout=.1, optimiser='adamw',
-    lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=100_000)
+    method='semigroup', noise_levels=0, diagonal=.5, boundary=1 / 32, given=0., dropout=.1,
+    optimiser='adamw', lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=100_000)
 SDTT = dict(
     rounds=7, fewest=8, given=0., dropout=.1, optimiser='adamw', lr=6e-5, beta2=.999, warmup=500,
     decay=0., ema=.9999, batch=128, iters=70_000)
@@ -4562,6 +4590,23 @@ def test_compare_shows_the_same_noise(teacher, student, tmp_path, capsys):
     texts = [line.removeprefix('student  2 | ') for line in out if line.startswith('student  2')]
     assert texts[0].startswith('256 rows: ')
     assert texts[1:] == ours[:3]
+
+
+def test_compare_starts_the_teacher_from_the_levels_of_the_student(tmp_path, capsys):
+    """Texts that have nothing to do with each other: the teacher's noise has any values."""
+    teacher = make_checkpoint(tmp_path / 'teacher.pt')
+    student = make_checkpoint(tmp_path / 'student.pt', two_time=True, noise_levels=4)
+    writer = sample.make_writer(teacher, *models.load(teacher))
+    writer.model.levels = models.noise_levels(4)
+    rows, _ = models.write_rows(writer.model, nothing_given(256, LENGTH), 64, 0)
+    texts = prepare_data.to_texts(rows, writer.meta, writer.encoding)
+    want = [sample.on_one_line(text) for _, text in texts]
+
+    status, out, _ = run_sample(capsys, student, '--compare', teacher, '-n', 3)
+
+    assert status == 0
+    texts = [line.removeprefix('teacher 64 | ') for line in out if line.startswith('teacher 64')]
+    assert texts[1:] == want[:3]
 
 
 def test_compare_with_sources_shows_each(tmp_path, monkeypatch, capsys):

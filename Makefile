@@ -49,7 +49,7 @@ short-%: data/stories
 	$(PY) distill.py $B-$*/flow/teacher --seed $*
 	$(PY) train_teacher.py --data data/stories --out $B-$*/paper/teacher --stagger 0 --seed $*
 	$(PY) distill.py $B-$*/paper/teacher --method semigroup --diagonal 0.5 --boundary 0.03125 \
-	  --given 0 --iters 1500 --seed $*
+	  --noise-levels 0 --given 0 --iters 1500 --seed $*
 	$(PY) train_teacher.py --data data/stories --model mdlm --out $B-$*/mdlm/teacher --iters 1200 \
 	  --seed $*
 	$(PY) distill.py $B-$*/mdlm/teacher --iters 1000 --seed $*

@@ -6083,6 +6083,9 @@ def test_the_page_says_what_the_presets_are():
             jumps['laptop']['boundary']) == ('rollout', 1 / 8, 0.85)
     assert table['flow map: their number'][1].startswith(f'{jumps["laptop"]["lessons"]:,},')
     assert jumps['paper']['lessons'] == 0
+    assert table['flow map: noise'] == [
+        'any', f'{jumps["laptop"]["noise_levels"]} values in each channel (`--noise-levels`)']
+    assert jumps['paper']['noise_levels'] == 0
     score = distill.PRESETS['paper', 'score']
     assert 'Adam 1e-5, constant, no clipping' in table['DLM-One: optimiser'][0]
     assert (score['lr'], score['warmup'], score['decay'], score['clip'],

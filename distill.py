@@ -46,7 +46,7 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 # ours, for minutes on a CPU: copies of the teacher's own way (rollout_target), kept as Lessons;
 # more rows at (0, 1), higher rates
 LAPTOP = dict(
-    method='rollout', lessons=10_000, noise_levels=4, diagonal=0.125, boundary=0.85, given=0.15,
+    method='rollout', lessons=10_000, noise_levels=6, diagonal=0.125, boundary=0.85, given=0.15,
     dropout=0.0, row_noise=True, iters=1000, batch=64, optimiser='muon', lr=2e-3, beta2=0.99,
     clip=1.0, warmup=50, decay=0.6, ema=0.999, eval_every=500)
 # score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam

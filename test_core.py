@@ -1935,7 +1935,7 @@ def test_fresh_flow_map_is_its_teacher_whatever_time_it_is_told():
     for t in (s, torch.ones(3)):
         assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
     assert [name for name, p in student.named_parameters() if not p.requires_grad] == ['net.embed']
-    assert student.config.noise_levels == o.noise_levels == 4
+    assert student.config.noise_levels == o.noise_levels == 6
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ data/%: | .venv
 S = out/stories
 stories: data/stories
 	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2600 --eval-every 1300
-	$(PY) distill.py $S/teacher --noise-levels 4 --lessons 130000 --iters 8000 --eval-every 2000
+	$(PY) distill.py $S/teacher --noise-values 4 --lessons 130000 --iters 8000 --eval-every 2000
 	$(PY) bench.py quality $S/teacher $S/student --nfe 1 2 4 8 32 64 --rows 500 --seeds 2 \
 	  --out assets/stories.json
 
@@ -49,7 +49,7 @@ short-%: data/stories
 	$(PY) distill.py $B-$*/flow/teacher --seed $*
 	$(PY) train_teacher.py --data data/stories --out $B-$*/paper/teacher --stagger 0 --seed $*
 	$(PY) distill.py $B-$*/paper/teacher --method semigroup --diagonal 0.5 --boundary 0.03125 \
-	  --noise-levels 0 --given 0 --iters 1500 --seed $*
+	  --noise-values 0 --given 0 --iters 1500 --seed $*
 	$(PY) train_teacher.py --data data/stories --model mdlm --out $B-$*/mdlm/teacher --iters 1200 \
 	  --seed $*
 	$(PY) distill.py $B-$*/mdlm/teacher --iters 1000 --seed $*
@@ -80,7 +80,7 @@ D = out/dates
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --channels 1 --no-hidden-input --stagger 0 \
 	  --iters 1500 --batch 64 --decay 0.9
-	$(PY) distill.py $D/teacher --rollout 8 --noise-levels 4 --lessons 40000 --iters 2000
+	$(PY) distill.py $D/teacher --rollout 8 --noise-values 4 --lessons 40000 --iters 2000
 	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call --iters 600 --decay 1
 	$(PY) train_teacher.py --data data/dates --model mdlm --batch 64 --iters 5000
 	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D-mdlm/teacher --nfe 1 2 4 8 32 \

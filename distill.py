@@ -44,17 +44,19 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 # Options
 
 # ours, for minutes on a CPU: copies of the teacher's own way (rollout_target), kept as Lessons;
-# more rows at (0, 1), higher rates
+# noise of few values (values_of_noise); more rows at (0, 1), higher rates
 LAPTOP = dict(
-    method='rollout', lessons=10_000, noise_levels=6, diagonal=0.125, boundary=0.85, given=0.15,
+    method='rollout', lessons=10_000, noise_values=6, diagonal=0.125, boundary=0.85, given=0.15,
     dropout=0.0, row_noise=True, iters=1000, batch=64, optimiser='muon', lr=2e-3, beta2=0.99,
     clip=1.0, warmup=50, decay=0.6, ema=0.999, eval_every=500)
 # score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam
-LAPTOP_SCORE = {**LAPTOP, 'lr': 3e-4, 'iters': 300, 'eval_every': 150}
+LAPTOP_SCORE = {**LAPTOP, 'noise_values': 0, 'lr': 3e-4, 'iters': 300, 'eval_every': 150}
+# a copy of a guide has the guide's noise
+LAPTOP_REFINE = {**LAPTOP, 'noise_values': 0}
 
 # FMLM, arXiv:2602.16813
 PAPER = dict(
-    method='semigroup', lessons=0, noise_levels=0, diagonal=0.5, boundary=1 / 32, given=0.0,
+    method='semigroup', lessons=0, noise_values=0, diagonal=0.5, boundary=1 / 32, given=0.0,
     dropout=0.1, row_noise=False, iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95,
     clip=1.0, warmup=2500, decay=0.0, ema=0.9999, eval_every=5000)
 # SiD, arXiv:2404.04057, on a teacher of DiffuSeq's; DLM-One's number of iterations is not known
@@ -66,12 +68,13 @@ PAPER_MASKED = {
     **PAPER, 'iters': 70_000, 'batch': 128, 'lr': 6e-5, 'beta2': 0.999, 'warmup': 500,
     'rounds': 7, 'fewest': 8}
 LAPTOP_MASKED = {
-    **LAPTOP, 'given': 0.6, 'iters': 700, 'eval_every': 350, 'rounds': 4, 'fewest': 4}
+    **LAPTOP, 'noise_values': 0, 'given': 0.6, 'iters': 700, 'eval_every': 350, 'rounds': 4,
+    'fewest': 4}
 
 PRESETS = {
     ('laptop', 'flow map'): LAPTOP,
     ('laptop', 'score'): LAPTOP_SCORE,
-    ('laptop', 'refine'): LAPTOP,
+    ('laptop', 'refine'): LAPTOP_REFINE,
     ('laptop', 'masked'): LAPTOP_MASKED,
     ('paper', 'flow map'): PAPER,
     ('paper', 'score'): PAPER_SCORE,
@@ -102,8 +105,6 @@ def parse(argv=None):
     add('--rollout', type=positive, default=16, help="flow: the teacher's calls that are copied")
     add('--lessons', type=count,
         help='rollout: jumps that are kept and learnt again and again; 0: always new ones')
-    add('--noise-levels', type=count,
-        help='flow: values that noise takes in each channel; 0: any')
     # score distillation
     add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
     add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
@@ -123,6 +124,8 @@ def parse(argv=None):
     # the optimiser
     add('--given', type=share,
         help='share of rows without a source that get random given tokens')
+    add('--noise-values', type=count,
+        help='flow: of each of the numbers that noise is made of; 0: any')
     add('--dropout', type=share, help='on attention-out and MLP-out')
     add('--iters', type=count, help='iterations of the optimiser')
     add('--batch', type=positive, help='rows per iteration, of all processes together')
@@ -658,7 +661,7 @@ def build_student(teacher, guide, o):
         config = replace(source.config, dropout=o.dropout)
     elif teacher.config.model == 'flm':
         config = replace(teacher.config, dropout=o.dropout, two_time=True,
-                         noise_levels=o.noise_levels)
+                         noise_values=o.noise_values)
     else:
         config = replace(teacher.config, dropout=o.dropout, start=ONE_CALL_START,
                          row_noise=o.row_noise)
@@ -829,6 +832,16 @@ def folder_of(o, path, meta):
     return Path(o.out or beside / STUDENTS[kind])
 
 
+def check_values(o):
+    """--noise-values: for which students, and how many."""
+    if o.noise_values and o.stage != 'flow map':
+        fail("--noise-values: is for a flow's student; leave it out here, where it has none or its "
+             "guide's")
+    # one value would be no noise, thousands would be as good as any value
+    if o.noise_values == 1 or o.noise_values > 1000:
+        fail(f'--noise-values {o.noise_values}: must be from 2 to 1000, or 0 for any value')
+
+
 def prepare(o):
     """Everything that a run needs, checked before anything is written."""
     rank, world, device = start_processes(o)
@@ -843,6 +856,7 @@ def prepare(o):
     o.stage = stage_of(o, teacher)
     apply_preset(o, device, PRESETS, o.stage)
     check_shares(o)
+    check_values(o)
 
     # the data say how many rows and targets fit into memory
     automatic = not o.parts

@@ -67,7 +67,7 @@ class Config:
     axis: str = 'paper'          # flm: tau(t), one of paper | measured | loss | uniform
     stagger: float = 0.0         # flm: delay of the last token, in the time that each takes
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
-    noise_levels: int = 0        # flm: values that noise takes in each channel; 0: any
+    noise_values: int = 0        # flm: of each of the numbers that noise is made of; 0: any
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
     all_positions: bool = False  # diffuseq: error and grain at the source's positions, too
@@ -279,15 +279,16 @@ def time_axis(K, signal_scale=1.0, knots=1001):
     return ts, (1 - 1e-4) * taus + 1e-4 * ts
 
 
-def noise_levels(count):
+def values_of_noise(count):
     """
-    ours: the values that a student's noise takes, the middles of `count` equally likely parts of
-    N(0, 1), scaled to mean square 1: (count,). Noise is then one of count^C symbols at each
-    position, and a student has no ties between texts to learn that lie between two of them
-    (assets/ablations.md).
+    ours: a student's noise is made of numbers z of few values, the medians of `count` equally
+    likely slices of N(0, 1): (count,), none for 0. C numbers make one of count^C symbols at each
+    position. Which text noise belongs to is hardest to tell where those of two texts meet; what
+    lies there between two symbols is never asked (assets/ablations.md).
     """
-    middles = torch.special.ndtri((torch.arange(count) + 0.5) / count)
-    return middles / middles.square().mean().sqrt()
+    medians = torch.special.ndtri((torch.arange(count) + 0.5) / count)
+    # mean square 1, as of N(0, 1): noise has the size that the teacher knows
+    return medians / medians.square().mean().sqrt()
 
 
 def interpolate(x, xs, ys):
@@ -361,7 +362,7 @@ class OneHotFlow(Model):
         self.register_buffer('ts', ts.float(), persistent=False)
         self.register_buffer('taus', taus.float())
         # none: noise may take any value
-        self.register_buffer('levels', noise_levels(config.noise_levels), persistent=False)
+        self.register_buffer('values', values_of_noise(config.noise_values), persistent=False)
 
     @torch.no_grad()
     def refit_axis(self, tokens, given, seed):
@@ -441,12 +442,12 @@ class OneHotFlow(Model):
         """
         R (k, C) with R^T R = E^T E: z R has the law of eps E for z ~ N(0, I_k) at each position.
         R is a Cholesky factor (k = C), for a product of V C^2, or E itself (k = V, filled up),
-        whichever costs less. Gradients reach E through both.
+        whichever costs less; of few values there are C numbers, if C < V. Gradients reach E
+        through both.
         """
         E = self.net.embed
         V, C = E.shape
-        # noise on levels has them in C channels
-        if V <= C or (positions <= C and len(self.levels) == 0):
+        if V <= C or (positions <= C and len(self.values) == 0):
             return fill_up(E, 0)
         # in bf16 the product would not be positive definite
         with torch.autocast(E.device.type, enabled=False):
@@ -457,13 +458,16 @@ class OneHotFlow(Model):
         return torch.where(failed == 0, factor.T, math.nan)
 
     def noise(self, B, L, rng=None, factor=None):
-        """eps E for eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C)."""
+        """
+        eps E for eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C). Of few values, see
+        values_of_noise, it has the mean and covariance of that, not its law.
+        """
         if factor is None:
             factor = self.noise_factor(B * L)
         shape = (B, L, len(factor))
-        if len(self.levels) > 0:
-            which = torch.randint(len(self.levels), shape, generator=rng, device=factor.device)
-            z = self.levels[which]
+        if len(self.values) > 0:
+            which = torch.randint(len(self.values), shape, generator=rng, device=factor.device)
+            z = self.values[which]
         else:
             z = torch.randn(shape, generator=rng, device=factor.device)
         return z @ factor

@@ -606,8 +606,8 @@ def compare(ours, teacher, options):
         runs = [(teacher, teacher.model.config.length)]
     runs.append((ours, network_calls(ours, options.nfe)))
     if teacher.model.config.model == ours.model.config.model == 'flm':
-        # a student's noise may have few values
-        teacher.model.levels = ours.model.levels
+        # its noise may be of few values; the teacher's figures are then of that noise
+        teacher.model.values = ours.model.values
 
     # one after the other; write_rows seeds the noise anew for each
     names = []

@@ -1349,9 +1349,9 @@ def test_projected_noise_has_the_law_of_dense_noise():
 
 
 @torch.no_grad()
-def test_noise_on_levels_has_few_symbols_and_the_same_covariance():
+def test_noise_of_few_values_has_few_symbols_and_the_same_covariance():
     """Noise of another size than the teacher knows, or of any value after all."""
-    flow = tiny(vocab=80, channels=3, noise_levels=4)
+    flow = tiny(vocab=80, channels=3, noise_values=4)
     E = flow.net.embed
 
     # no more positions than channels, and many
@@ -1364,15 +1364,15 @@ def test_noise_on_levels_has_few_symbols_and_the_same_covariance():
     assert (torch.cov(many.flatten(0, 1).T) - want).abs().max() < 0.08 * want.diagonal().max()
 
 
-def test_levels_are_equally_likely_parts_of_the_normal_law():
-    """Levels crowded in the middle, or all at the ends."""
-    levels = models.noise_levels(5)
+def test_values_are_medians_of_equally_likely_slices():
+    """Values crowded in the middle, or all at the ends."""
+    values = models.values_of_noise(5)
 
-    assert torch.allclose(levels, -levels.flip(0), atol=1e-6)
-    assert levels.square().mean() == pytest.approx(1)
-    # the middles of fifths: quantiles at 10, 30, 50, 70 and 90 %
-    assert levels[4] / levels[3] == pytest.approx(1.28155 / 0.52440, rel=1e-4)
-    assert models.noise_levels(2).tolist() == [-1, 1]
+    assert torch.allclose(values, -values.flip(0), atol=1e-6)
+    assert values.square().mean() == pytest.approx(1)
+    # of fifths: quantiles at 10, 30, 50, 70 and 90 %
+    assert values[4] / values[3] == pytest.approx(1.28155 / 0.52440, rel=1e-4)
+    assert models.values_of_noise(2).tolist() == [-1, 1]
 
 
 def dense_and_projected(flow, t):
@@ -1935,7 +1935,7 @@ def test_fresh_flow_map_is_its_teacher_whatever_time_it_is_told():
     for t in (s, torch.ones(3)):
         assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
     assert [name for name, p in student.named_parameters() if not p.requires_grad] == ['net.embed']
-    assert student.config.noise_levels == o.noise_levels == 6
+    assert student.config.noise_values == o.noise_values == 6
 
 
 @torch.no_grad()
@@ -2937,8 +2937,9 @@ DIFFUSEQ = {
     **FLM, 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0, 'decay': 1.,
     'batch': 2048, 'iters': 50_000}
 FMLM = dict(
-    method='semigroup', noise_levels=0, diagonal=.5, boundary=1 / 32, given=0., dropout=.1,
-    optimiser='adamw', lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=100_000)
+    method='semigroup', noise_values=0, diagonal=.5, boundary=1 / 32, given=0., dropout=.1,
+    optimiser='adamw', lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512,
+    iters=100_000)
 SDTT = dict(
     rounds=7, fewest=8, given=0., dropout=.1, optimiser='adamw', lr=6e-5, beta2=.999, warmup=500,
     decay=0., ema=.9999, batch=128, iters=70_000)
@@ -3548,6 +3549,21 @@ def test_resume_goes_on_only_as_what_a_run_was(dozen, small, capfd, name, words,
     assert files_in(dozen) == before
 
 
+def test_run_from_before_an_option_existed_goes_on_without_it(dozen, small, tmp_path, capfd):
+    """A checkpoint that no command line can resume, or one that goes on as something else."""
+    script, *words = commands(dozen, small)['student']
+    run_main(script, '--out', tmp_path, '--iters', 2, '--noise-values', 0, *words)
+    ckpt = torch.load(tmp_path / 'model.pt', weights_only=True)
+    del ckpt['options']['noise_values']
+    torch.save(ckpt, tmp_path / 'model.pt')
+    more = ('--out', tmp_path, '--iters', 3, '--resume', *words)
+
+    assert '--noise-values was 0, now 6' in refusal(capfd, script, *more)
+    run_main(script, *more, '--noise-values', 0)
+
+    assert models.load(tmp_path)[1]['iter'] == 3
+
+
 def test_resume_copies_the_same_teacher_only(small, capfd):
     """A student of two teachers, because both have the same shape."""
     before = files_in(small)
@@ -3866,6 +3882,11 @@ BAD_STUDENTS = [
     ('{small}/flow/teacher --out text.txt', 'cannot be written'),
     ('{small}/flow/teacher --out new --iters 1 --dropout 1', '--dropout 1'),
     ('{small}/flow/teacher --out new --iters 1 --leg 0', '--leg 0'),
+    ('{small}/flow/teacher --out new --noise-values 1', 'must be from 2 to 1000'),
+    ('{small}/flow/teacher --out new --noise-values 1001', 'must be from 2 to 1000'),
+    ('{small}/flow/teacher --out new --guide {small}/flow/student --noise-values 4',
+     "is for a flow's student"),
+    ('{small}/mdlm/teacher --out new --noise-values 4', "is for a flow's student"),
     ('--leg 2', 'a number from 0 to 1'),
     ('--rollout 0', 'a whole number from 1'),
     ('--noises 0', 'a whole number from 1'),
@@ -4592,12 +4613,12 @@ def test_compare_shows_the_same_noise(teacher, student, tmp_path, capsys):
     assert texts[1:] == ours[:3]
 
 
-def test_compare_starts_the_teacher_from_the_levels_of_the_student(tmp_path, capsys):
+def test_compare_starts_the_teacher_from_noise_of_the_students_values(tmp_path, capsys):
     """Texts that have nothing to do with each other: the teacher's noise has any values."""
     teacher = make_checkpoint(tmp_path / 'teacher.pt')
-    student = make_checkpoint(tmp_path / 'student.pt', two_time=True, noise_levels=4)
+    student = make_checkpoint(tmp_path / 'student.pt', two_time=True, noise_values=4)
     writer = sample.make_writer(teacher, *models.load(teacher))
-    writer.model.levels = models.noise_levels(4)
+    writer.model.values = models.values_of_noise(4)
     rows, _ = models.write_rows(writer.model, nothing_given(256, LENGTH), 64, 0)
     texts = prepare_data.to_texts(rows, writer.meta, writer.encoding)
     want = [sample.on_one_line(text) for _, text in texts]
@@ -6083,9 +6104,9 @@ def test_the_page_says_what_the_presets_are():
             jumps['laptop']['boundary']) == ('rollout', 1 / 8, 0.85)
     assert table['flow map: their number'][1].startswith(f'{jumps["laptop"]["lessons"]:,},')
     assert jumps['paper']['lessons'] == 0
-    assert table['flow map: noise'] == [
-        'any', f'{jumps["laptop"]["noise_levels"]} values in each channel (`--noise-levels`)']
-    assert jumps['paper']['noise_levels'] == 0
+    assert table['flow map: numbers that noise is made of'] == [
+        'of any value', f'of {jumps["laptop"]["noise_values"]} values (`--noise-values`)']
+    assert jumps['paper']['noise_values'] == 0
     score = distill.PRESETS['paper', 'score']
     assert 'Adam 1e-5, constant, no clipping' in table['DLM-One: optimiser'][0]
     assert (score['lr'], score['warmup'], score['decay'], score['clip'],

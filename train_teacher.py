@@ -533,7 +533,8 @@ FREE = {'data', 'out', 'teacher', 'preset', 'iters', 'eval_every', 'parts', 'res
 def first_difference(ckpt, options, meta, parents):
     """What a checkpoint was made with and a run is not, as a sentence; '' if they agree."""
     for name, value in vars(options).items():
-        old = ckpt['options'].get(name)
+        # 0 where the option is newer than the checkpoint
+        old = ckpt['options'].get(name, 0)
         if name not in FREE and old != value:
             flag = '--' + name.replace('_', '-')
             return f'{flag} was {old}, now {value}'

@@ -61,7 +61,7 @@ P = out/pydocs
 pydocs: data/pydocs
 	$(PY) train_teacher.py --data data/pydocs --axis loss --channels 8 --stagger 0 --batch 64 \
 	  --iters 2600 --eval-every 650
-	$(PY) distill.py $P/teacher --lessons 6000 --iters 900
+	$(PY) distill.py $P/teacher --noise-values 0 --lessons 6000 --iters 900
 	$(PY) train_teacher.py --data data/pydocs --model mdlm --iters 2400 --eval-every 600
 	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 300 --seeds 2 --out assets/pydocs.json
@@ -111,7 +111,7 @@ qqp: data/qqp
 	$(PY) distill.py $K/teacher --guide $K/one-call-1 --out $K/one-call --iters 400 --decay 1
 	$(PY) train_teacher.py --data data/qqp --axis loss --channels 8 --stagger 0 --batch 64 \
 	  --iters 2000 --eval-every 500
-	$(PY) distill.py out/qqp/teacher --lessons 6000 --iters 900 --eval-every 450
+	$(PY) distill.py out/qqp/teacher --noise-values 0 --lessons 6000 --iters 900 --eval-every 450
 	$(PY) train_teacher.py --data data/qqp --model ar --batch 64 --iters 1500 --eval-every 500
 	$(PY) bench.py quality $K/teacher $K/student $K/position $K/one-call out/qqp/teacher \
 	  out/qqp/student out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json

@@ -125,7 +125,7 @@ def parse(argv=None):
     add('--given', type=share,
         help='share of rows without a source that get random given tokens')
     add('--noise-values', type=count,
-        help='flow: of each of the numbers that noise is made of; 0: any')
+        help='flow: how many values each number of its noise can take; 0: any')
     add('--dropout', type=share, help='on attention-out and MLP-out')
     add('--iters', type=count, help='iterations of the optimiser')
     add('--batch', type=positive, help='rows per iteration, of all processes together')

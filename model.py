@@ -67,7 +67,7 @@ class Config:
     axis: str = 'paper'          # flm: tau(t), one of paper | measured | loss | uniform
     stagger: float = 0.0         # flm: delay of the last token, in the time that each takes
     two_time: bool = False       # flm: a flow map, which also knows the time it jumps to
-    noise_values: int = 0        # flm: of each of the numbers that noise is made of; 0: any
+    noise_values: int = 0        # flm: how many values each number of its noise can take; 0: any
     start: float = 0.0           # diffuseq: time of the first call; a one-call student's is later
     row_noise: bool = False      # diffuseq: the first noise is one vector for all of a row
     all_positions: bool = False  # diffuseq: error and grain at the source's positions, too

@@ -66,8 +66,7 @@ pydocs: data/pydocs
 	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 300 --seeds 2 --out assets/pydocs.json
 
-# those of dates in assets/ are of an earlier recipe, and better at more than one call, see
-# assets/results.md
+# those of dates in assets/ are of an earlier recipe, and better, see assets/results.md
 weights:
 	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite
 	$(PY) sample.py out/stories/teacher --export assets/stories-teacher.pt --overwrite

@@ -606,7 +606,7 @@ def compare(ours, teacher, options):
         runs = [(teacher, teacher.model.config.length)]
     runs.append((ours, network_calls(ours, options.nfe)))
     if teacher.model.config.model == ours.model.config.model == 'flm':
-        # its noise may be of few values; the teacher's figures are then of that noise
+        # our noise may be of few values: the teacher starts from the same
         teacher.model.values = ours.model.values
 
     # one after the other; write_rows seeds the noise anew for each

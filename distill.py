@@ -68,7 +68,7 @@ PAPER_MASKED = {
     **PAPER, 'iters': 70_000, 'batch': 128, 'lr': 6e-5, 'beta2': 0.999, 'warmup': 500,
     'rounds': 7, 'fewest': 8}
 LAPTOP_MASKED = {
-    **LAPTOP, 'noise_values': 0, 'given': 0.6, 'iters': 700, 'eval_every': 350, 'rounds': 4,
+    **LAPTOP, 'noise_values': 0, 'given': 0.0, 'iters': 700, 'eval_every': 350, 'rounds': 4,
     'fewest': 4}
 
 PRESETS = {

@@ -6124,7 +6124,8 @@ SYSTEMS = {
         'FLM teacher': 'pydocs/teacher', 'FMLM student': 'pydocs/student',
         'MDLM': 'pydocs-mdlm/teacher'},
     'stories': {
-        'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student'},
+        'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student',
+        'MDLM': 'stories-mdlm/teacher', 'MDLM, distilled by SDTT': 'stories-mdlm/sdtt'},
     'dates': {
         'FLM teacher': 'dates/teacher', 'FMLM student': 'dates/student',
         'the same, refined (ours)': 'dates/one-call', 'MDLM': 'dates-mdlm/teacher'},

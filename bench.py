@@ -50,8 +50,6 @@ from train_teacher import up_to
 ROWS = 500
 # of real text at most so many rows are compared with: beyond that figures hardly move
 REFERENCE_ROWS = 2000
-# of samples of text so many go into self-BLEU, which compares every two
-SELF_BLEU_ROWS = 50
 # of training text so many rows are read at a time: they take eight bytes a token, two in the file
 ROWS_AT_ONCE = 10_000
 
@@ -139,15 +137,18 @@ def add_quality(parser):
     add('--scorer', default='', metavar='CHECKPOINT', help='text: an ar model; adds gen_ppl')
     # pairs: several samples of a source, of which there are then fewer
     add('--per-source', type=whole, default=1,
-        help='pairs: samples of each source; from 2 on unique, self-BLEU and div-4 are measured')
+        help='pairs: samples of each source; from 2 on self-BLEU and div-4 are measured')
     add('--mbr', type=whole, default=1, metavar='N',
         help='pairs: of N samples of each source the one most like the others is scored')
     # how samples are drawn
     add('--method', choices=['ancestral', 'ddim'], default='ancestral',
-        help='of diffuseq teachers, as in sample.py')
-    add('--clamp', action='store_true', help='of diffuseq teachers, as in sample.py')
-    add('--temperature', type=warmth, default=1.0, help='of flm teachers and of the baselines')
-    add('--gamma', type=share, default=0.0, help='of flows, as in sample.py')
+        help='diffuseq teachers: the sampler')
+    add('--clamp', action='store_true',
+        help='diffuseq teachers: each guess becomes the nearest embedding')
+    add('--temperature', type=warmth, default=1.0,
+        help='flm teachers and the baselines: of predictions, logits / T')
+    add('--gamma', type=share, default=0.0,
+        help='flows: 0 follows the flow, up to 1 noise is added anew')
 
 
 def add_speed(parser):
@@ -275,7 +276,7 @@ def scored_positions(rows, meta):
 
 @torch.no_grad()
 def generative_perplexity(rows, meta, scorer):
-    """exp of the mean -log p of the tokens of rows (B, L) under an ar model that wrote none."""
+    """exp of the mean -log p of the tokens of rows (B, L) under an ar model, the scorer."""
     nats = 0.0
     tokens = 0
     for part in rows.split(256):
@@ -498,7 +499,8 @@ def rows_to_draw(path, options, meta, val):
         rows = max(ROWS, least)
         if most < rows:
             print(f'{path}: its data hold out {n} rows: measuring {most} samples, not {rows}')
-        return min(most, rows)
+        # all samples of each source
+        return min(most, rows) // least * least if meta['pairs'] else min(most, rows)
     if options.rows < least:
         if meta['pairs']:
             fail(f'--rows {options.rows}: must be at least the {least} samples of one source')
@@ -506,6 +508,8 @@ def rows_to_draw(path, options, meta, val):
     if options.rows > most:
         fail(f'{path}: its data hold out {n} rows, too few for so many samples; --rows {most}, or '
              'less')
+    if meta['pairs'] and options.rows % each:
+        fail(f'--rows {options.rows}: must be a multiple of the {each} samples of one source')
     return options.rows
 
 
@@ -541,7 +545,7 @@ def check_packages(path, options, meta):
     """Stop where a figure of these data needs a package that is not there."""
     dates = meta['tokenizer']['name'] == 'dates'
     # of dates any of eight texts is right, so none of them is a reference
-    needs_bleu = not dates or options.mbr > 1
+    needs_bleu = meta['pairs'] and (not dates or options.mbr > 1)
     needs_rouge = meta['pairs'] and not dates
     if needs_bleu and importlib.util.find_spec('nltk') is None:
         fail(f'{path}: BLEU of its samples needs a package; pip install nltk')
@@ -586,8 +590,9 @@ def check_writable(out):
     trial = Path(f'{out}.tmp')
     if os.path.isdir(out):
         fail(f'{out}: is a folder; name a file for the figures')
-    if Path(out).suffix == '.svg':
-        fail(f'{out}: would be replaced by the picture; give the figures another name')
+    # a slip such as `--out model.pt` would replace a model by figures
+    if Path(out).suffix != '.json':
+        fail(f'{out}: the name of the figures must end in .json')
     try:
         trial.parent.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b'')
@@ -668,9 +673,9 @@ def text_figures(rows, reference):
     figures['energy'] = energy_distance(texts, reference.real)
     if reference.scorer is not None:
         figures['gen_ppl'] = generative_perplexity(rows, meta, reference.scorer)
-    # whether they repeat one another, or the training text; BLEU compares words: each id is one
-    figures['self_bleu'] = self_bleu([' '.join(map(str, ids)) for ids in texts[:SELF_BLEU_ROWS]])
-    figures['copied'] = copied(texts, reference.seen)
+    # whether they repeat the training text; that of a stream is not cut where theirs are
+    if meta['kind'] == 'rows':
+        figures['copied'] = copied(texts, reference.seen)
     if reference.chance:
         figures['copied_by_chance'] = reference.chance
     return figures
@@ -687,13 +692,11 @@ def source_figures(rows, known, reference, options):
         rows = rows[best]
         known = known[best]
     figures = health(rows, meta, reference.folder)
-    pairs = to_texts(rows, meta)
     # of dates any of eight texts is right, as health knows
     if meta['tokenizer']['name'] != 'dates':
+        texts = [text for _, text in to_texts(rows, meta)]
         targets = [text for _, text in to_texts(known, meta)]
-        figures.update(pair_figures([text for _, text in pairs], targets, options.per_source))
-    if options.per_source > 1:
-        figures['unique'] = len(set(pairs)) / len(pairs)
+        figures.update(pair_figures(texts, targets, options.per_source))
     return figures
 
 
@@ -713,7 +716,7 @@ def pair_references(report, reference, options):
     others = []
     for seed in range(options.seeds):
         # the same sources as the models'
-        known, _ = known_rows(reference, options, seed)
+        known, _ = draw_sources(reference, options, seed)
         pairs = split_rows(known, reference.meta)
         copy = pair_rows([(source, source) for source, _ in pairs], reference.meta)
         copies.append(source_figures(copy, known, reference, options))
@@ -745,30 +748,28 @@ def sampling(options, config):
     return how
 
 
-def known_rows(reference, options, seed):
+def draw_sources(reference, options, seed):
     """
-    Held-out rows (n, L), drawn by a seed, and what is given of them to a model, -1 at positions to
-    be written: of pairs the source, which stands there for each of its samples; of text nothing.
+    Held-out pairs (n, L), drawn by a seed, and what is given of them to a model, their sources, -1
+    behind these. Each pair stands there once for each of its samples, one after the other.
     """
-    meta = reference.meta
-    each = samples_per_source(options) if meta['pairs'] else 1
+    each = samples_per_source(options)
     rng = np.random.default_rng(seed)
-    # the samples of a source stand one after the other
     chosen = rng.choice(len(reference.held), options.rows // each, replace=False)
     known = reference.held[chosen].repeat_interleave(each, dim=0)
-    if not meta['pairs']:
-        return known, torch.full_like(known, -1)
-    return known, up_to(known, meta, '<sep>')
+    return known, up_to(known, reference.meta, '<sep>')
 
 
 def measure(model, reference, options, nfe, seed):
     """All figures of one model at one nfe and seed: a dict."""
     how = sampling(options, model.config)
-    known, given = known_rows(reference, options, seed)
-    rows, ms = timed_rows(model, given, nfe, seed, **how)
     if reference.meta['pairs']:
+        known, given = draw_sources(reference, options, seed)
+        rows, ms = timed_rows(model, given, nfe, seed, **how)
         figures = source_figures(rows, known, reference, options)
     else:
+        given = torch.full((options.rows, reference.meta['length']), -1)
+        rows, ms = timed_rows(model, given, nfe, seed, **how)
         figures = text_figures(rows, reference)
     # of --mbr, the time of a row that is kept
     figures['ms_per_row'] = ms * options.mbr
@@ -780,7 +781,7 @@ def measure_seeds(name, reference, options, nfe, device):
     runs = []
     for seed in range(options.seeds):
         model, _ = load(with_seed(name, seed), device)
-        runs.append(measure(model, reference, options, nfe, seed))
+        runs.append(measure(round_weights(model), reference, options, nfe, seed))
     return runs
 
 
@@ -802,6 +803,9 @@ def quality(options, device):
     scorer = check_scorer(options, first, meta, device)
     report = Report(options.out or free_name('out/quality.json'), options, device)
     check_writable(report.out)
+    drawing = Path(report.out).with_suffix('.svg')
+    if drawing.exists():
+        print(f'{drawing} is there already, and will be replaced', flush=True)
 
     # what real text scores, and the same tokens without their order
     reference, real = make_reference(opened[first].folder, data, options.rows, scorer)
@@ -820,9 +824,8 @@ def quality(options, device):
     # what needs no model makes no calls, and is not drawn
     drawn = any(nfe for _, nfe, _ in report.lines)
     if drawn and importlib.util.find_spec('matplotlib') is not None:
-        path = Path(report.out).with_suffix('.svg')
-        picture(report.lines, path)
-        report.files.append(str(path))
+        picture(report.lines, drawing)
+        report.files.append(str(drawing))
     report.finish()
 
 
@@ -1094,7 +1097,8 @@ def peak_memory(device):
 def training_step(formulation, size, layers, compiled, flops, device):
     """
     Forward and backward of a flow in one formulation: time, tokens/s, mfu (the share of the rate of
-    large products that the network's products reach) and peak memory beyond the model's: a dict.
+    large products that the network's products reach) and peak memory beyond the model's: one dict,
+    in a list, as there are no seeds.
     projected, dense: bf16 on CUDA, the noise of dense in TF32; dense fp32: fp32 throughout.
     """
     torch.set_float32_matmul_precision('high' if formulation == 'dense' else 'highest')
@@ -1127,7 +1131,7 @@ def training_step(formulation, size, layers, compiled, flops, device):
     }
     if before is not None:
         figures['peak_GB'] = (peak_memory(device) - before) / 1e9
-    return figures
+    return [figures]
 
 
 def send_result(pipe, work, arguments):
@@ -1174,13 +1178,8 @@ def time_training(report, sizes, formulations, compilings, layers, device):
             for compiled in compilings:
                 name = f'{formulation} {size}{", compiled" if compiled else ""}'
                 # a size that does not fit ends its own process only
-                step = partial(in_own_process, training_step, formulation, size, layers)
-                report.attempt(name, '', as_list, step, compiled, rates[0], device)
-
-
-def as_list(work, *arguments):
-    """[work(*arguments)]: the one dict of a line without seeds."""
-    return [work(*arguments)]
+                report.attempt(name, '', in_own_process, training_step, formulation, size, layers,
+                               compiled, rates[0], device)
 
 
 def train(options, device):
@@ -1369,10 +1368,10 @@ def table(lines):
 
 def shown_figure(lines):
     """The figure that a picture shows: the exact yardstick, or distance, or likeness to targets."""
-    for key in ('valid', 'energy', 'bleu'):
+    for key in ('valid', 'energy'):
         if key in lines[0][2][0]:
             return key
-    return 'entropy'
+    return 'bleu'
 
 
 def short_names(names):
@@ -1406,7 +1405,7 @@ def plot_quality(axes, lines, key, by_time):
 
 
 def flow_teachers(lines):
-    """{name: (ts, taus)}, the time axes of the flows among the models that are no students."""
+    """{name: (ts, taus, V)}: time axes and vocabulary of the flows that are no students."""
     found = {}
     for name, nfe, _ in lines:
         if nfe and name not in found:

@@ -51,7 +51,7 @@ FILM_COLUMNS = 100
 FILM_LINE = 21
 FILM_CHARACTER = 8
 
-# in --infill; it takes the space before it along, as tokens do: else that would be one of its own
+# in --infill; it takes the space before it along, as a word's token does
 HOLE = r' ?(?<!\\)_'
 
 # what each kind of model lets one choose of its sampler, and whom each choice is for
@@ -70,8 +70,8 @@ FOR_WHOM = {
 
 
 # what makes a difference to texts only
-WRITING = ['prompt', 'infill', 'source', 'nfe', 'temperature', 'gamma', 'method', 'clamp', 'mbr',
-           'watch']
+WRITING = ['n', 'prompt', 'infill', 'source', 'nfe', 'temperature', 'gamma', 'method', 'clamp',
+           'mbr', 'watch']
 
 
 def parse(argv=None):
@@ -98,7 +98,8 @@ def parse(argv=None):
     add('--mbr', type=positive, help='write N rows, print the one most like the others')
     # what to show
     add('--watch', action='store_true', help='draw each network call in the terminal')
-    add('--compare', metavar='TEACHER', help='its rows in 1 and 64 calls beside ours, same noise')
+    add('--compare', metavar='TEACHER',
+        help='its rows in 1 and 64 calls beside ours, from the same noise if both have any')
     add('--film', metavar='SVG', help='of --compare: draw the teacher\'s calls over our result')
     # the file itself
     add('--info', action='store_true', help='describe the checkpoint and stop')
@@ -159,8 +160,9 @@ def check_together(options):
     if options.info or options.export is not None:
         for name in WRITING:
             if getattr(options, name):
-                fail(f'--{name} is of no use to --info and --export, which write no text')
-    # --compare prints more than one model's rows, so each needs its own figures
+                flag = '-n' if name == 'n' else f'--{name}'
+                fail(f'{flag} is of no use to --info and --export, which write no text')
+    # each of these shows or writes one model
     if options.compare is not None:
         for name in ('mbr', 'watch', 'info', 'export'):
             if getattr(options, name):
@@ -225,7 +227,7 @@ class Writer:
     meta: dict
     encoding: object
     data: str
-    fewest: int         # calls that a distilled MDLM has learnt to write in; 0 of other models
+    sdtt_calls: int     # calls that a distilled MDLM has learnt to write in; 0 of other models
 
 
 def tell(message):
@@ -257,14 +259,14 @@ def make_writer(path, model, ckpt):
     options = ckpt['options']
     data = options.get('data') or ckpt.get('teacher', {}).get('data', '')
     # SDTT changes nothing in the network that would tell a student from its teacher
-    fewest = options['fewest'] if options.get('stage') == 'masked' else 0
+    sdtt_calls = options['fewest'] if options.get('stage') == 'masked' else 0
     model = round_weights(model)
-    return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data, fewest)
+    return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data, sdtt_calls)
 
 
 def role(writer):
     """What a model is to its reader: student, teacher, mdlm, sdtt (a distilled mdlm) or ar."""
-    if writer.fewest:
+    if writer.sdtt_calls:
         return 'sdtt'
     config = writer.model.config
     if config.model in ('mdlm', 'ar'):
@@ -279,8 +281,8 @@ def network_calls(writer, nfe):
         return config.length
     if nfe is not None:
         return nfe
-    if writer.fewest:
-        return writer.fewest
+    if writer.sdtt_calls:
+        return writer.sdtt_calls
     return 1 if is_student(config) else TEACHER_CALLS
 
 
@@ -294,7 +296,7 @@ def tell_what_is_not_said(writer, nfe, options):
     """Lines on a number of calls that was not asked for, and on options that change nothing."""
     config = writer.model.config
     if options.nfe is None and nfe > 1:
-        name = role(writer) if writer.fewest else f'not a student but {role(writer)}'
+        name = role(writer) if writer.sdtt_calls else f'not a student but {role(writer)}'
         reason = 'one for each token' if config.model == 'ar' else '--nfe sets another number'
         tell(f'{name}: {nfe} network calls; {reason}')
     if nfe == 1 and config.model in ('flm', 'diffuseq'):
@@ -573,7 +575,7 @@ def film(many, few, names):
             'repeatCount="indefinite" calcMode="discrete" values="0;1;0" '
             f'keyTimes="0;{begin:.4f};{end:.4f}"/>{film_lines([title, *texts[:FILM_ROWS]])}</text>')
     # what does not move stands below, after an empty line
-    title = f'{names[1]}, from the same noise: call {len(few)} of {len(few)}'
+    title = f'{names[1]}: call {len(few)} of {len(few)}'
     top = 10 + FILM_LINE * (len(result) + 2)
     lines.append(f'<text y="{top}">{film_lines([title, *result])}</text>')
     lines.append('</svg>')
@@ -591,10 +593,25 @@ def film_lines(texts):
 
 
 # -----------------------------------------------------------------------------
-# The same noise through teacher and student
+# Teacher and student side by side
+
+def share_noise(ours, teacher):
+    """Whether both models start from the same noise of a seed, which the teacher then does."""
+    a = ours.model.config
+    b = teacher.model.config
+    # tokens that are masked, or written one by one, have none
+    if a.model != b.model or a.model not in ('flm', 'diffuseq') or a.channels != b.channels:
+        return False
+    # ours may be of few values, or one for all of a row
+    if a.model == 'flm':
+        teacher.model.values = ours.model.values
+    else:
+        b.row_noise = a.row_noise
+    return True
+
 
 def compare(ours, teacher, options):
-    """The teacher's rows in 1 and 64 calls and ours, from the same noise, under each other."""
+    """The teacher's rows in 1 and 64 calls and ours under each other."""
     sources = read_sources(options, ours.meta)
     shown = options.n or 8
     # enough rows for a health line, whatever the number of sources
@@ -605,9 +622,7 @@ def compare(ours, teacher, options):
     if teacher.model.config.model == 'ar':
         runs = [(teacher, teacher.model.config.length)]
     runs.append((ours, network_calls(ours, options.nfe)))
-    if teacher.model.config.model == ours.model.config.model == 'flm':
-        # our noise may be of few values: the teacher starts from the same
-        teacher.model.values = ours.model.values
+    same_noise = share_noise(ours, teacher)
 
     # one after the other; write_rows seeds the noise anew for each
     names = []
@@ -621,15 +636,17 @@ def compare(ours, teacher, options):
             how['on_call'], kept = frames_kept(given, writer)
             frames.append(kept)
         rows, ms = timed_rows(writer.model, given, nfe, options.seed, **how)
-        # known words are looked up in our data for all
+        # known words are looked up in our data for all; a film takes time of its own
+        ms = None if options.film is not None else ms
         print(name, health_line(ours, rows, nfe, ms, options.seed), flush=True)
         names.append(name)
         texts.append(to_texts(rows, ours.meta, ours.encoding))
     print_groups(names, texts, len(given), n, shown)
 
     if options.film is not None:
-        roles = [role(teacher), role(ours)]
-        write_whole(options.film, film(frames[-2], frames[-1], roles).encode())
+        ours_is = role(ours) + (', from the same noise' if same_noise else '')
+        drawn = film(frames[-2], frames[-1], [role(teacher), ours_is])
+        write_whole(options.film, drawn.encode())
         tell(f'film: {options.film}')
 
 

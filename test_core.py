@@ -4072,8 +4072,8 @@ def make_checkpoint(path, tokenizer='byte', pairs=False, kind='rows', **config):
     meta = {'name': tokenizer, 'vocab': V + 4, 'kind': kind, 'pairs': pairs, 'length': LENGTH,
             'special': special, 'tokenizer': spec}
     torch.manual_seed(len(str(path.name)))
-    shape = {'layers': 1, 'heads': 2, 'width': 32, 'channels': 8}
-    network = models.build(models.Config(vocab=V + 4, length=LENGTH, **shape, **config))
+    shape = {'layers': 1, 'heads': 2, 'width': 32, 'channels': 8, **config}
+    network = models.build(models.Config(vocab=V + 4, length=LENGTH, **shape))
     # a fresh head writes the same token everywhere
     torch.nn.init.normal_(network.net.head.weight)
     options = {'data': 'data/nowhere'}
@@ -4630,6 +4630,31 @@ def test_compare_starts_the_teacher_from_noise_of_the_students_values(tmp_path, 
     assert texts[1:] == want[:3]
 
 
+def test_compare_starts_the_teacher_from_one_noise_for_a_row(tmp_path, capsys):
+    """A diffusion's teacher starts from noise of its own at each position, its student does not."""
+    teacher = make_checkpoint(tmp_path / 'teacher.pt', model='diffuseq')
+    student = make_checkpoint(tmp_path / 'student.pt', model='diffuseq', start=0.25, row_noise=True)
+    writers = [sample.make_writer(path, *models.load(path)) for path in (student, teacher)]
+    given = nothing_given(5, LENGTH)
+
+    same = sample.share_noise(*writers)
+
+    ours, theirs = [writer.model.begin(given, generator(0)) for writer in writers]
+    assert same
+    # the student begins a little later, so its noise is a little smaller
+    assert torch.allclose(ours / ours.norm(), theirs / theirs.norm(), atol=1e-6)
+
+
+def test_models_without_noise_share_none(student, tmp_path):
+    """A film whose title says that masked diffusion starts from the student's noise."""
+    masked = make_checkpoint(tmp_path / 'mdlm.pt', model='mdlm')
+    narrow = make_checkpoint(tmp_path / 'narrow.pt', channels=2)
+    ours = sample.make_writer(student, *models.load(student))
+
+    for path in (masked, narrow):
+        assert not sample.share_noise(ours, sample.make_writer(path, *models.load(path)))
+
+
 def test_compare_with_sources_shows_each(tmp_path, monkeypatch, capsys):
     """All rows shown are of the first source."""
     teacher = make_checkpoint(tmp_path / 'teacher.pt', 'dates', pairs=True, model='ar')
@@ -4685,7 +4710,8 @@ def test_frames_are_of_the_first_batch_only(teacher):
 
 def test_film_escapes_its_texts():
     """A text with < or & makes the picture unreadable."""
-    svg = sample.film([['a < b'], ['a & b']], [['<b>']], ['teacher', 'student'])
+    svg = sample.film([['a < b'], ['a & b']], [['<b>']],
+                      ['teacher', 'student, from the same noise'])
 
     spans = [span.text for span in xml.etree.ElementTree.fromstring(svg).iter()
              if span.tag.endswith('tspan')]
@@ -5071,7 +5097,7 @@ def test_mbr_scores_one_sample_of_each_source(pairs, capsys):
     path = make_model(Path('m.pt'), pairs, two_time=True)
     reference = bench.Reference(str(pairs), *held_out(pairs), [], set(), 0.0, None)
     options = bench.parse(['quality', str(path), '--rows', '6', '--mbr', '3'])
-    known, _ = bench.known_rows(reference, options, seed=0)
+    known, _ = bench.draw_sources(reference, options, seed=0)
     meta = reference.meta
     # of the first source two rows out of three are right, of the other one all
     rows = known.clone()
@@ -5097,7 +5123,7 @@ def test_only_the_source_is_given(pairs):
     n = len(reference.held)
     options = bench.parse(['quality', 'm.pt', '--rows', str(2 * n), '--per-source', '2'])
 
-    known, given = bench.known_rows(reference, options, seed=0)
+    known, given = bench.draw_sources(reference, options, seed=0)
 
     sep = reference.meta['special']['<sep>']
     for row, shown in zip(known.tolist(), given.tolist()):
@@ -5128,7 +5154,7 @@ def test_quality_of_text(text, capsys):
                      (names[0], 2), (names[1], 24)]
     held, mixed, one, *_ = [line['seeds'][0] for line in written['runs']]
     assert set(one) == {'entropy', 'unique', 'words', 'js1', 'js2', 'js3', 'energy', 'gen_ppl',
-                        'self_bleu', 'copied', 'ms_per_row'}
+                        'copied', 'ms_per_row'}
     assert held['js1'] == pytest.approx(mixed['js1'])
     assert held['js3'] < mixed['js3']
     first, second = written['runs'][2]['seeds']
@@ -5509,7 +5535,8 @@ def test_figures_that_cannot_be_written_are_refused_first(text, capsys, no_sampl
     Path('file').write_text('')
 
     assert 'is a folder' in bench_refused(capsys, *what.split(), '--out', 'data')
-    assert 'by the picture' in bench_refused(capsys, *what.split(), '--out', 'q.svg')
+    assert 'end in .json' in bench_refused(capsys, *what.split(), '--out', 'q.svg')
+    assert 'end in .json' in bench_refused(capsys, *what.split(), '--out', 'm.pt')
     assert 'cannot be written' in bench_refused(capsys, *what.split(), '--out', 'file/q.json')
 
 

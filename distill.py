@@ -43,9 +43,15 @@ from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, 
 # -----------------------------------------------------------------------------
 # Options
 
+# the same in both presets
+ALIKE = dict(
+    leg=0.1, rollout=16, loss='sid', alpha=1.0, fake_ratio=1, adversarial=0.0, noises=3,
+    muon_lr=0.01)
+
 # ours, for minutes on a CPU: copies of the teacher's own way (rollout_target), kept as Lessons;
 # noise of few values (values_of_noise); more rows at (0, 1), higher rates
 LAPTOP = dict(
+    **ALIKE,
     method='rollout', lessons=10_000, noise_values=6, diagonal=0.125, boundary=0.85, given=0.15,
     dropout=0.0, row_noise=True, iters=1000, batch=64, optimiser='muon', lr=2e-3, beta2=0.99,
     clip=1.0, warmup=50, decay=0.6, ema=0.999, eval_every=500)
@@ -56,6 +62,7 @@ LAPTOP_REFINE = {**LAPTOP, 'noise_values': 0}
 
 # FMLM, arXiv:2602.16813
 PAPER = dict(
+    **ALIKE,
     method='semigroup', lessons=0, noise_values=0, diagonal=0.5, boundary=1 / 32, given=0.0,
     dropout=0.1, row_noise=False, iters=100_000, batch=512, optimiser='adamw', lr=3e-4, beta2=0.95,
     clip=1.0, warmup=2500, decay=0.0, ema=0.9999, eval_every=5000)
@@ -82,6 +89,23 @@ PRESETS = {
     ('paper', 'masked'): PAPER_MASKED,
 }
 
+# whom each stage is for, and the options that are for some stages only
+FOR_WHOM = {
+    'flow map': "a flow's student (without --guide)",
+    'score': "a diffusion's student",
+    'masked': 'the student of masked diffusion',
+    'refine': 'refining (--guide)',
+}
+ALL_BUT_SCORE = ['flow map', 'masked', 'refine']    # which runs on Adam, see adam
+ONLY_FOR = {
+    **dict.fromkeys(['method', 'diagonal', 'boundary', 'leg', 'rollout', 'lessons', 'noise_values'],
+                    ['flow map']),
+    **dict.fromkeys(['loss', 'alpha', 'fake_ratio', 'adversarial', 'row_noise'], ['score']),
+    **dict.fromkeys(['rounds', 'fewest'], ['masked']),
+    **dict.fromkeys(['noises'], ['refine']),
+    **dict.fromkeys(['optimiser', 'muon_lr', 'beta2'], ALL_BUT_SCORE),
+}
+
 
 def parse(argv=None):
     """The options of a command line; those without a value get it from the preset, see main."""
@@ -100,18 +124,17 @@ def parse(argv=None):
         help='flow: where the targets of a jump come from')
     add('--diagonal', type=share, help='flow: share of rows at s = t')
     add('--boundary', type=share, help='flow: of the others, share at (s, t) = (0, 1)')
-    add('--leg', type=share, default=0.1,
+    add('--leg', type=share,
         help="flow: length of the teacher's leg, as a share of t - s (lagrangian, eulerian)")
-    add('--rollout', type=positive, default=16, help="flow: the teacher's calls that are copied")
+    add('--rollout', type=positive, help="rollout: the teacher's calls that are copied")
     add('--lessons', type=count,
         help='rollout: jumps that are kept and learnt again and again; 0: always new ones')
     # score distillation
-    add('--loss', choices=['sid', 'dmd'], default='sid', help='diffusion: which gradient')
-    add('--alpha', type=rate, default=1.0, help='sid: quality against diversity, 0.5 to 1.2')
-    add('--fake-ratio', type=positive, default=1,
+    add('--loss', choices=['sid', 'dmd'], help='diffusion: which gradient')
+    add('--alpha', type=rate, help='sid: quality against diversity, 0.5 to 1.2')
+    add('--fake-ratio', type=positive,
         help="diffusion: updates of the fake denoiser for each of the student")
-    add('--adversarial', type=rate, default=0.0,
-        help="diffusion: weight of the critic, in SiDA's second run")
+    add('--adversarial', type=rate, help="diffusion: weight of the critic, in SiDA's second run")
     add('--row-noise', action=argparse.BooleanOptionalAction,
         help='diffusion: one noise for all of a row')
     # masked diffusion
@@ -119,19 +142,19 @@ def parse(argv=None):
     add('--fewest', type=positive, help='mdlm: calls that the last round is for')
     # refining
     add('--guide', default='', help='a student that stays as it is: a copy of it is refined')
-    add('--noises', type=positive, default=3,
-        help='--guide: of so many noises the hardest is learnt')
-    # the optimiser
+    add('--noises', type=positive, help='--guide: of so many noises the hardest is learnt')
+    # what is learnt
     add('--given', type=share,
         help='share of rows without a source that get random given tokens')
     add('--noise-values', type=count,
         help='flow: how many values each number of its noise can take; 0: any')
     add('--dropout', type=share, help='on attention-out and MLP-out')
+    # the optimiser
     add('--iters', type=count, help='iterations of the optimiser')
     add('--batch', type=positive, help='rows per iteration, of all processes together')
-    add('--optimiser', choices=['muon', 'adamw'], help='for flow maps and refining, as in training')
+    add('--optimiser', choices=['muon', 'adamw'], help='of all but score distillation')
     add('--lr', type=rate, help='peak learning rate of AdamW (of Adam in score distillation)')
-    add('--muon-lr', type=rate, default=0.01, help='peak learning rate of Muon')
+    add('--muon-lr', type=rate, help='peak learning rate of Muon')
     add('--beta2', type=share, help='of AdamW')
     add('--clip', type=rate, help='largest norm of the gradient; 0: any')
     add('--warmup', type=count, help='iterations of linear warm-up')
@@ -343,8 +366,9 @@ class FlowMap:
 
     def with_targets(self, jumps, lessons, rng):
         """
-        The jumps with their targets. If lessons are kept, as many of those in place of them: once
-        there are enough, the teacher is not asked any more.
+        The jumps with their targets. Where lessons are kept, the jumps are only stored, while there
+        is room, and what is learnt is drawn at random from the store: at first some twice and some
+        not. Once the store is full, the teacher is not asked any more.
         """
         if lessons.capacity == 0:
             return [*jumps, self.targets(jumps)]
@@ -620,7 +644,7 @@ def find_teacher(name):
         model, _ = load(path)
         if model.config.model in ('flm', 'diffuseq'):
             return path
-    fail('out/ holds no teacher to distil; first run: python train_teacher.py')
+    fail('out/ holds no flow or diffusion to distil; first run: python train_teacher.py')
 
 
 def load_teacher(path, device):
@@ -645,17 +669,18 @@ def load_guide(o, teacher, device):
 
 
 def load_same_data(o, ckpt):
-    """The data that the teacher was trained on."""
+    """The data that the teacher was trained on, or other rows of the same kind."""
     o.data = o.data or ckpt['options']['data']
     meta, train, val = load_dataset(o.data)
-    if meta['tokenizer'] != ckpt['meta']['tokenizer'] or meta['length'] != ckpt['meta']['length']:
-        fail(f'{o.data} has another tokenizer or length than what the teacher was trained on; name '
-             'that folder by --data, or, if it was prepared anew, train a teacher anew')
+    for name in ('tokenizer', 'length', 'kind', 'pairs'):
+        if meta[name] != ckpt['meta'][name]:
+            fail(f'{o.data} has another {name} than what the teacher was trained on; name that '
+                 'folder by --data, or, if it was prepared anew, train a teacher anew')
     return meta, train, val
 
 
 def build_student(teacher, guide, o):
-    """A student that writes, at first, as the guide or the teacher does; E and rounding stay."""
+    """A student that writes, at first, as the guide or the teacher does."""
     source = guide or teacher
     if guide or teacher.config.model == 'mdlm':
         config = replace(source.config, dropout=o.dropout)
@@ -737,7 +762,15 @@ def measure(model, given, meta, o, it, log):
         rows, _ = write_rows(model, given, nfe, seed=1)
         figures = health(rows, meta, o.data)
         log.record(it, nfe=nfe, **figures)
+        if nfe == 1:
+            one_call = figures
+    return quality(one_call)
+
+
+def quality(figures):
+    """One number for health's figures: text has to be right and varied at once, so a product."""
     names = ('valid', 'form_entropy', 'slot_entropy', 'words', 'unique')
+    # a figure that a text lacks counts 1
     return math.prod(figures.get(name, 1) for name in names)
 
 
@@ -750,11 +783,17 @@ class Best:
     def __init__(self, ema, o, ckpt):
         self.ema = ema
         self.choose = o.stage == 'score'
-        self.model = copy.deepcopy(ema) if self.choose else ema
+        # until the first measurement those of now
+        self.model = ema
         self.quality = 0.0
-        if ckpt is not None:
+        if ckpt is not None and ckpt['quality'] > 0:
             self.quality = ckpt['quality']
+            self.keep()
             self.model.load_state_dict(ckpt['ema'])
+
+    def keep(self):
+        """The weights of now are those to keep, until better ones are seen."""
+        self.model = copy.deepcopy(self.ema)
 
     def see(self, quality, it, out):
         """Whether the weights of now are the best, and kept; ends a run that has degenerated."""
@@ -762,9 +801,10 @@ class Best:
             return False
         if quality >= self.quality:
             self.quality = quality
-            self.model.load_state_dict(self.ema.state_dict())
+            self.keep()
             return True
-        if quality < self.quality / 2:
+        # a small quality is of a few rows, and falls by chance
+        if self.quality > 0.1 and quality < self.quality / 2:
             fail(f'degenerated at iteration {it}: {out}/model.pt keeps the best weights; lower '
                  '--lr or raise --fake-ratio')
         return False
@@ -832,11 +872,19 @@ def folder_of(o, path, meta):
     return Path(o.out or beside / STUDENTS[kind])
 
 
-def check_values(o):
-    """--noise-values: for which students, and how many."""
-    if o.noise_values and o.stage != 'flow map':
-        fail("--noise-values: is for a flow's student; leave it out here, where it has none or its "
-             "guide's")
+def check_stage(o):
+    """Refuse options that would change nothing in a run of this kind; the preset comes later."""
+    for name, stages in ONLY_FOR.items():
+        if getattr(o, name) is not None and o.stage not in stages:
+            flag = '--' + name.replace('_', '-')
+            fail(f'{flag}: is for {" or ".join(FOR_WHOM[stage] for stage in stages)}; leave it out '
+                 'here')
+
+
+def check_ranges(o):
+    """Refuse numbers that would leave nothing to learn from."""
+    if o.leg == 0:
+        fail('--leg 0: the teacher would not be asked; give more, up to 1')
     # one value would be no noise, thousands would be as good as any value
     if o.noise_values == 1 or o.noise_values > 1000:
         fail(f'--noise-values {o.noise_values}: must be from 2 to 1000, or 0 for any value')
@@ -845,8 +893,6 @@ def check_values(o):
 def prepare(o):
     """Everything that a run needs, checked before anything is written."""
     rank, world, device = start_processes(o)
-    if o.leg == 0:
-        fail('--leg 0: the teacher would not be asked; give more, up to 1')
 
     # the models that are learnt from say what kind of run it is, and so which preset
     path = find_teacher(o.teacher)
@@ -854,9 +900,10 @@ def prepare(o):
     o.teacher = str(path)
     guide = load_guide(o, teacher, device)
     o.stage = stage_of(o, teacher)
+    check_stage(o)
     apply_preset(o, device, PRESETS, o.stage)
     check_shares(o)
-    check_values(o)
+    check_ranges(o)
 
     # the data say how many rows and targets fit into memory
     automatic = not o.parts
@@ -876,6 +923,9 @@ def prepare(o):
         parents['guide'] = {'crc': zlib.crc32(checkpoint_path(o.guide).read_bytes())}
     out = folder_of(o, path, meta)
     ckpt = check_out(out, o, meta, **parents)
+    # a round is a share of all iterations
+    if o.stage == 'masked' and ckpt is not None and ckpt['options']['iters'] != o.iters:
+        fail(f'--resume: the rounds of {out} are of --iters {ckpt["options"]["iters"]}; give that')
     about = dict(meta=meta, options=vars(o), **parents)
     return Run(rank, world, device, teacher, guide, train, val, out, ckpt, about)
 
@@ -888,7 +938,7 @@ def batch_of(it, stage, o, run):
 
 
 def make_lessons_again(stage, start, o, run):
-    """Of a run that goes on: the lessons that it had, from the same rows and noise."""
+    """Of a run that goes on: the lessons that it had, if its parts and its device are the same."""
     # of this process's parts
     mine = stage.lessons[run.rank::run.world]
     it = 0

@@ -15,7 +15,7 @@ Conventions, used everywhere in this repository:
   given (B, L)   int64, ids of known tokens (a source, a prompt); -1 where text is to be written
   nfe            network calls of a sampler
 
-Every model has loss(tokens, given, tau, rng) -> (B,) in nats, and
+Every model has loss(tokens, given, tau, rng) -> (B,), in nats (diffuseq's: plus squares), and
 sample(given, nfe, rng, ..., on_call=None) -> (B, L), whose on_call(i, tokens) sees what each call
 would write. The last four ids of every vocabulary are <eos>, <pad>, <sep>, <bos>.
 A comment that begins with "ours" marks what neither of the papers has.
@@ -346,7 +346,8 @@ class OneHotFlow(Model):
     for each position in place of V, of exactly the same law. What moves x_t (an Euler step, a jump)
     is affine, so it moves h in the same way.
 
-    Time axes: paper (tau rises as the error of argmax over x_t falls), uniform (tau = t), measured.
+    Time axes: paper (tau rises as the error of argmax over x_t falls), uniform (tau = t), and two
+    that follow the network's own loss, see refit_axis.
     """
 
     def __init__(self, config):
@@ -1002,7 +1003,7 @@ def generator(device, *key):
 def write_rows(model, given, nfe, seed, **how):
     """model.sample for given (B, L), at most 256 rows at a time: rows on the CPU, and seconds."""
     device = next(model.parameters()).device
-    # 2 keeps this noise apart from training's
+    # 2: no noise of a training's first part is drawn from it
     rng = generator(device, seed, 2)
     # so that (rows, L, V) stays below 4 GB
     rows_at_once = max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))

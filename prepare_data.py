@@ -70,8 +70,8 @@ def run_script(main):
         # of a GPU, and torch's, which is not imported here
         if type(error).__name__ != 'OutOfMemoryError':
             raise
-        fail('the GPU is out of memory; write fewer rows, or train with --parts 64, which computes '
-             'a batch in so many pieces')
+        fail('the GPU is out of memory; write fewer rows, or train with a smaller --batch, or with '
+             '--parts, the pieces that a batch is computed in')
 
 
 def say_stopped():
@@ -724,9 +724,10 @@ def sentences(texts):
 
 # tokenizer and length of the texts that need no network
 BUILT_IN = {'stories': ('stories', 21), 'dates': ('dates', 23), 'pydocs': ('bpe:2048', 32)}
-# lm1b and owt as in the papers; of a stream so many documents at its end are held out, 0: --val
 PARQUET = 'refs/convert/parquet'    # a branch; `datasets` runs no scripts any more
-# ours: the tokenizers and lengths of the others, small enough for a laptop
+# lm1b and owt as long as in FLM, whose tokenizer of lm1b is BERT's (--tokenizer bert:vocab.txt);
+# ours: the others, small enough for a laptop. Of a stream so many documents at its end are held
+# out, 0: --val
 HUB = {     # tokenizer, length, documents held out, where
     'lm1b': ('gpt2', 128, 306_688, dict(path='billion-word-benchmark/lm1b', revision=PARQUET)),
     'owt': ('gpt2', 1024, 100_000, dict(path='Skylion007/openwebtext')),
@@ -1221,14 +1222,11 @@ def load_dataset(folder):
     return meta, train, val
 
 
-def newest_dataset(root='data'):
+def newest_dataset():
     """The folder of the data set that was prepared last."""
-    found = list(Path(root).glob('*/meta.json'))
+    found = list(Path('data').glob('*/meta.json'))
     if not found:
-        command = ['python', 'prepare_data.py', 'stories']
-        if Path(root) != Path('data'):
-            command += ['--data', as_word(root)]
-        fail(f'{root} holds no prepared data; first run: {as_command(command)}')
+        fail('data holds no prepared data; first run: python prepare_data.py stories')
     # of two from the same moment the last by name
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parent
 
@@ -1350,7 +1348,7 @@ def parse(argv=None):
     add('--rows', action='store_true', help='own text: each line or record is a row of its own')
     # how to write it
     add('--tokenizer', help='gpt2, bpe:N, byte, or bert:vocab.txt, which is lower case without '
-        'line breaks; bpe:2048, or as in the papers')
+        'line breaks; bpe:2048, of lm1b and owt gpt2')
     add('--length', type=positive, help='tokens per row; 32, or as in the papers')
     add('--val', type=share, default=0.1,
         help='share held out, of a stream its end; of lm1b, owt, tinystories and wikitext at most '

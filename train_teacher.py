@@ -75,6 +75,9 @@ PRESETS = {
     ('paper', 'ar'): PAPER,
 }
 
+# options that are for one kind of model only
+ONLY_FOR = {'axis': 'flm', 'stagger': 'flm', 'anchor': 'diffuseq', 'all_positions': 'diffuseq'}
+
 
 def parse(argv=None):
     """The options of a command line; those without a value get it from apply_preset."""
@@ -138,7 +141,7 @@ def add_run_options(add):
     """The options that train_teacher.py and distill.py share."""
     add('--eval-every', type=positive, help='iterations between measurements; each one saves')
     add('--parts', type=count, default=0,
-        help='parts a batch is computed in; 0: one for each process')
+        help='parts a batch is computed in; 0: one for each process, or as memory asks')
     add('--resume', action='store_true', help='go on from <out>/model.pt')
     add('--overwrite', action='store_true', help='replace the model in <out>')
     add('--seed', type=count, default=0, help='of weights, batches and noise')
@@ -155,12 +158,18 @@ def apply_preset(options, device, presets, kind):
             setattr(options, name, value)
 
 
+def check_model(o):
+    """Refuse options that would change nothing in a model of this kind; the preset comes later."""
+    for name, model in ONLY_FOR.items():
+        if getattr(o, name) is not None and o.model != model:
+            flag = '--' + name.replace('_', '-')
+            fail(f'{flag}: is for --model {model}; leave it out for {o.model}')
+
+
 def check_options(o):
     """Refuse a network that cannot be built."""
     if o.width % (2 * o.heads):
         fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
-    if o.stagger and o.model != 'flm':
-        fail(f'--stagger: is for --model flm; leave it out for {o.model}')
     check_shares(o)
     if o.layers * o.width ** 2 > 1e11:
         fail(f'--layers {o.layers}, --width {o.width}: too large for any machine')
@@ -571,7 +580,8 @@ def check_out(out, options, meta, **parents):
         fail(f'--resume: {path} is of another run: {difference}; give what it had, or start anew '
              'with --overwrite in place of --resume')
     if ckpt['iter'] >= options.iters:
-        fail(f'--resume: {path} has {ckpt["iter"]} iterations already; ask for more by --iters')
+        fail(f'--resume: {path} has {ckpt["iter"]} iterations already; ask for more by --iters, '
+             'and the rates will be those of the longer run')
     return ckpt
 
 
@@ -589,7 +599,7 @@ def restore(ckpt, modules, optimisers):
 
 @torch.no_grad()
 def validate(model, ids, meta, device, batches=4):
-    """Mean loss on fixed validation rows, times and noise: two runs see the same ones."""
+    """Mean loss on fixed validation rows and noise at fixed tau: two runs see the same ones."""
     losses = []
     for i in range(batches):
         batch = get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device)
@@ -658,6 +668,7 @@ def advice(o, out, it, meta, val):
 
 def main(o):
     rank, world, device = start_processes(o)
+    check_model(o)
     apply_preset(o, device, PRESETS, o.model)
     check_options(o)
     set_parts(o, world)

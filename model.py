@@ -18,7 +18,8 @@ Conventions, used everywhere in this repository:
 Every model has loss(tokens, given, tau, rng) -> (B,), in nats (diffuseq's: plus squares), and
 sample(given, nfe, rng, ..., on_call=None) -> (B, L), whose on_call(i, tokens) sees what each call
 would write. The last four ids of every vocabulary are <eos>, <pad>, <sep>, <bos>.
-A comment that begins with "ours" marks what neither of the papers has.
+A comment that begins with "ours" marks what neither of the papers has; smaller differences from
+their codes are listed in assets/papers.md.
 """
 
 import math

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from model import (GRAIN, ONE_CALL_START, STUDENTS, autocast, build, checkpoint_path, draw,
                    fail, first_leg_weight, generator, is_student, load, newest_checkpoints,
                    row_mean, save, share_of, without_specials, write_rows)
-from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, check_out,
+from train_teacher import (Log, Stopper, add_run_options, add_up, apply_preset, as_flag, check_out,
                            check_shares, compile_on_gpu, even_times, get_batch, make_optimisers,
                            parts_of, preset_adder, restore, set_parts, start_processes, to_sample,
                            update)
@@ -89,21 +89,18 @@ PRESETS = {
     ('paper', 'masked'): PAPER_MASKED,
 }
 
-# whom each stage is for, and the options that are for some stages only
-FOR_WHOM = {
-    'flow map': "a flow's student (without --guide)",
-    'score': "a diffusion's student",
-    'masked': 'the student of masked diffusion',
-    'refine': 'refining (--guide)',
-}
-ALL_BUT_SCORE = ['flow map', 'masked', 'refine']    # which runs on Adam, see adam
+# the options that are for one stage only, and whom it is for
 ONLY_FOR = {
-    **dict.fromkeys(['method', 'diagonal', 'boundary', 'leg', 'rollout', 'lessons', 'noise_values'],
-                    ['flow map']),
-    **dict.fromkeys(['loss', 'alpha', 'fake_ratio', 'adversarial', 'row_noise'], ['score']),
-    **dict.fromkeys(['rounds', 'fewest'], ['masked']),
-    **dict.fromkeys(['noises'], ['refine']),
-    **dict.fromkeys(['optimiser', 'muon_lr', 'beta2'], ALL_BUT_SCORE),
+    'flow map': ['method', 'diagonal', 'boundary', 'leg', 'rollout', 'lessons', 'noise_values'],
+    'score': ['loss', 'alpha', 'fake_ratio', 'adversarial', 'row_noise'],
+    'masked': ['rounds', 'fewest'],
+    'refine': ['noises'],
+}
+FOR_WHOM = {
+    'flow map': "a flow's student, without --guide",
+    'score': "a diffusion's student",
+    'masked': "masked diffusion's student",
+    'refine': 'refining, with --guide',
 }
 
 
@@ -874,11 +871,13 @@ def folder_of(o, path, meta):
 
 def check_stage(o):
     """Refuse options that would change nothing in a run of this kind; the preset comes later."""
-    for name, stages in ONLY_FOR.items():
-        if getattr(o, name) is not None and o.stage not in stages:
-            flag = '--' + name.replace('_', '-')
-            fail(f'{flag}: is for {" or ".join(FOR_WHOM[stage] for stage in stages)}; leave it out '
-                 'here')
+    for stage, names in ONLY_FOR.items():
+        for name in names:
+            if o.stage != stage and getattr(o, name) is not None:
+                fail(f'{as_flag(name)}: is for {FOR_WHOM[stage]}; leave it out here')
+    for name in ('optimiser', 'muon_lr', 'beta2'):
+        if o.stage == 'score' and getattr(o, name) is not None:
+            fail(f'{as_flag(name)}: score distillation runs on Adam; leave it out here')
 
 
 def check_ranges(o):

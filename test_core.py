@@ -3914,7 +3914,7 @@ BAD_STUDENTS = [
     ('{small}/mdlm/teacher --out new --noise-values 4', "is for a flow's student"),
     ('{small}/flow/teacher --out new --adversarial 0.1', "--adversarial: is for a diffusion's"),
     ('{small}/flow/teacher --out new --noises 2', '--noises: is for refining'),
-    ('{small}/diffuseq/teacher --out new --beta2 0.9', "--beta2: is for a flow's student"),
+    ('{small}/diffuseq/teacher --out new --beta2 0.9', '--beta2: score distillation'),
     ('{small}/diffuseq/teacher --out new --method rollout', "--method: is for a flow's student"),
     ('--leg 2', 'a number from 0 to 1'),
     ('--rollout 0', 'a whole number from 1'),

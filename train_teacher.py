@@ -162,8 +162,12 @@ def check_model(o):
     """Refuse options that would change nothing in a model of this kind; the preset comes later."""
     for name, model in ONLY_FOR.items():
         if getattr(o, name) is not None and o.model != model:
-            flag = '--' + name.replace('_', '-')
-            fail(f'{flag}: is for --model {model}; leave it out for {o.model}')
+            fail(f'{as_flag(name)}: is for --model {model}; leave it out for {o.model}')
+
+
+def as_flag(name):
+    """An option's name as it is typed."""
+    return '--' + name.replace('_', '-')
 
 
 def check_options(o):
@@ -545,8 +549,7 @@ def first_difference(ckpt, options, meta, parents):
         # 0 where the option is newer than the checkpoint
         old = ckpt['options'].get(name, 0)
         if name not in FREE and old != value:
-            flag = '--' + name.replace('_', '-')
-            return f'{flag} was {old}, now {value}'
+            return f'{as_flag(name)} was {old}, now {value}'
     if ckpt['meta']['tokenizer'] != meta['tokenizer']:
         return 'the data has another tokenizer'
     if ckpt['meta']['crc'] != meta['crc']:

@@ -61,15 +61,18 @@ short-%: data/stories
 	$(PY) train_teacher.py --data data/stories --model ar --out $B-$*/ar/teacher --iters 500 \
 	  --seed $*
 
-# the docstrings of Python: real text, too rich for two million parameters
+# the docstrings of Python: real text, too rich for two million parameters; three trainings of each
 P = out/pydocs
-pydocs: data/pydocs
-	$(PY) train_teacher.py --data data/pydocs --axis loss --channels 8 --stagger 0 --batch 64 \
-	  --iters 2600 --eval-every 650
-	$(PY) distill.py $P/teacher --noise-values 0 --lessons 6000 --iters 900
-	$(PY) train_teacher.py --data data/pydocs --model mdlm --iters 2400 --eval-every 600
-	$(PY) bench.py quality $P/teacher $P/student out/pydocs-mdlm/teacher --nfe 1 2 4 8 32 \
-	  --rows 300 --seeds 2 --out assets/pydocs.json
+pydocs: pydocs-0 pydocs-1 pydocs-2
+	$(PY) bench.py quality $P-{seed}/teacher $P-{seed}/student $P-{seed}/mdlm \
+	  --nfe 1 2 4 8 32 --rows 300 --seeds 3 --out assets/pydocs.json
+
+pydocs-%: data/pydocs
+	$(PY) train_teacher.py --data data/pydocs --out $P-$*/teacher --axis loss --channels 8 \
+	  --stagger 0 --batch 64 --iters 2600 --eval-every 650 --seed $*
+	$(PY) distill.py $P-$*/teacher --noise-values 0 --lessons 6000 --iters 900 --seed $*
+	$(PY) train_teacher.py --data data/pydocs --out $P-$*/mdlm --model mdlm --iters 2400 \
+	  --eval-every 600 --seed $*
 
 # those of dates in assets/ are of an earlier recipe, and better, see assets/results.md
 weights:

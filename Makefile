@@ -74,23 +74,25 @@ pydocs-%: data/pydocs
 	$(PY) train_teacher.py --data data/pydocs --out $P-$*/mdlm --model mdlm --iters 2400 \
 	  --eval-every 600 --seed $*
 
-# those of dates in assets/ are of an earlier recipe, and better, see assets/results.md
 weights:
 	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite
 	$(PY) sample.py out/stories/teacher --export assets/stories-teacher.pt --overwrite
-	$(PY) sample.py out/dates/one-call --export assets/dates-one-call.pt --overwrite
+	$(PY) sample.py out/dates/long --export assets/dates-one-call.pt --overwrite
 	cd assets && sha256sum *.pt > SHA256SUMS
+	$(PY) sample.py assets/stories-student.pt --compare assets/stories-teacher.pt \
+	  --film assets/stories-film.svg
 
-# a flow map, then a round in which a frozen student teaches a copy of itself one call; eight calls a
-# lesson are enough here. The baseline is trained as long as teacher and student are
+# a flow map whose lessons are of eight calls, as are enough for minutes, and one of an hour, of more
+# and better lessons, whose weights are in assets/. The baseline is trained as long as the former
 D = out/dates
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --channels 1 --no-hidden-input --stagger 0 \
 	  --iters 1500 --batch 64 --decay 0.9
 	$(PY) distill.py $D/teacher --rollout 8 --noise-values 4 --lessons 40000 --iters 2000
-	$(PY) distill.py $D/teacher --guide $D/student --out $D/one-call --iters 600 --decay 1
+	$(PY) distill.py $D/teacher --out $D/long --noise-values 3 --lessons 120000 --iters 8000 \
+	  --eval-every 2000
 	$(PY) train_teacher.py --data data/dates --model mdlm --batch 64 --iters 5000
-	$(PY) bench.py quality $D/teacher $D/student $D/one-call $D-mdlm/teacher --nfe 1 2 4 8 32 \
+	$(PY) bench.py quality $D/teacher $D/student $D/long $D-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 500 --seeds 2 --out assets/dates.json
 
 # the other paper's pair: score distillation, with one noise for a row and with one for each position

@@ -2,8 +2,8 @@
 Distil a teacher into a student that writes in one network call.
 
     python distill.py                                   # the newest teacher
-    python distill.py out/dates/teacher --guide out/dates/student    # a student, refined
     python distill.py out/dates-diffuseq/teacher        # a teacher trained with --model diffuseq
+    python distill.py out/dates-diffuseq/teacher --guide out/dates-diffuseq/student   # refined
 
 A flow's student is the teacher plus a second time: it learns delta_{s,t}, the text to aim at in one
 jump from time s to a later t; delta_{0,1} turns noise into text (FMLM, arXiv:2602.16813). A
@@ -57,7 +57,7 @@ LAPTOP = dict(
     clip=1.0, warmup=50, decay=0.6, ema=0.999, eval_every=500)
 # score distillation runs on Adam, whatever `optimiser` and `beta2` say, see adam
 LAPTOP_SCORE = {**LAPTOP, 'noise_values': 0, 'lr': 3e-4, 'iters': 300, 'eval_every': 150}
-# a copy of a guide has the guide's noise
+# a diffusion's noise may have any value
 LAPTOP_REFINE = {**LAPTOP, 'noise_values': 0}
 
 # FMLM, arXiv:2602.16813
@@ -97,10 +97,10 @@ ONLY_FOR = {
     'refine': ['noises'],
 }
 FOR_WHOM = {
-    'flow map': "a flow's student, without --guide",
+    'flow map': "a flow's student",
     'score': "a diffusion's student",
     'masked': "masked diffusion's student",
-    'refine': 'refining, with --guide',
+    'refine': "a diffusion's student with --guide",
 }
 
 
@@ -138,7 +138,8 @@ def parse(argv=None):
     add('--rounds', type=positive, help='mdlm: how often the student becomes the teacher')
     add('--fewest', type=positive, help='mdlm: calls that the last round is for')
     # refining
-    add('--guide', default='', help='a student that stays as it is: a copy of it is refined')
+    add('--guide', default='',
+        help="a diffusion's student that stays as it is: a copy of it is refined")
     add('--noises', type=positive, help='--guide: of so many noises the hardest is learnt')
     # what is learnt
     add('--given', type=share,
@@ -234,47 +235,34 @@ def eulerian_target(student, teacher, h, given, s, t, o):
     return two_legs(student, first, last, given, s, u, t)
 
 
-def in_steps(flow, guess, h, given, s, t, calls, ahead=0.0, early=1.0):
-    """
-    ours: delta_{s,t}(h) in `calls` steps, each to where guess(h, now, then), logits, aims:
-    (B, L, V). `ahead` 0.5 makes them of second order: what the guess has changed by since the last
-    step is added in part, which is what it would be in the middle of the step (Adams and
-    Bashforth's method). `early` above 1 makes the first steps shorter than the last ones.
-    """
-    # has no weight in the first step
-    target = torch.zeros(())
-    before = None
-    ends = [(i / calls) ** early for i in range(calls + 1)]
-    for i in range(calls):
-        now = s + (t - s) * ends[i]
-        then = s + (t - s) * ends[i + 1]
-        p = guess(h, now, then).softmax(-1)
-        aim = p
-        if before is not None:
-            # half of the change, if both steps are equally long
-            longer = (ends[i + 1] - ends[i]) / (ends[i] - ends[i - 1])
-            aim = p + ahead * longer * (p - before)
-        before = p
-        # a weighted mean of the aims along the way; of a jump to t = 1 only the last one counts
-        target = two_legs(flow, target, aim, given, s, now, then)
-        h = flow.jump(h, aim, given, now, then)
-    return target
-
-
 def rollout_target(student, teacher, h, given, s, t, o):
     """
     ours: delta_{s,t}(h) as the teacher finds it in o.rollout steps from s to t: (B, L, V). A
-    student taught by jumps of its own may drift off its teacher; this one cannot. Steps of second
-    order: 16 of them write as well as 32 of Euler's (assets/ablations.md).
+    student taught by jumps of its own may drift off its teacher; this one cannot. Steps are of
+    second order (Adams and Bashforth's method): 16 write as well as 32 of Euler's
+    (assets/ablations.md).
     """
     # where first tokens go ahead, the first steps decide what the text is about: shorter ones keep
     # it varied (assets/ablations.md)
     early = 1.5 if teacher.config.stagger > 0 else 1.0
-
-    def guess(h, now, then):
-        return teacher.predict(h, given, now)
-
-    target = in_steps(student, guess, h, given, s, t, o.rollout, ahead=0.5, early=early)
+    ends = [(i / o.rollout) ** early for i in range(o.rollout + 1)]
+    # has no weight in the first step
+    target = torch.zeros(())
+    before = None
+    for i in range(o.rollout):
+        now = s + (t - s) * ends[i]
+        then = s + (t - s) * ends[i + 1]
+        p = teacher.predict(h, given, now).softmax(-1)
+        aim = p
+        if before is not None:
+            # what the teacher would say in the middle of the step: half of what it has changed by
+            # since the last one, if both are equally long
+            longer = (ends[i + 1] - ends[i]) / (ends[i] - ends[i - 1])
+            aim = p + 0.5 * longer * (p - before)
+        before = p
+        # a weighted mean of the aims along the way; of a jump to t = 1 only the last one counts
+        target = two_legs(student, target, aim, given, s, now, then)
+        h = student.jump(h, aim, given, now, then)
     # a step of second order may lie a little beyond the probabilities
     target = target.clamp(min=0)
     return target / target.sum(-1, keepdim=True)
@@ -561,9 +549,9 @@ class MaskedDistillation:
 
 class Refine:
     """
-    ours: the loss of a copy of a student, the guide: one call is to do what the guide does in four,
-    or, of a diffusion, the guide and its teacher. Between two texts a student that learns from
-    itself goes on mixing; the guide does not move, so the text that it prefers can be learnt.
+    ours: the loss of a copy of a diffusion's student, the guide: one call is to do what four calls
+    of the guide and its teacher do. Between two texts a student that learns from itself goes on
+    mixing; the guide does not move, so the text that it prefers can be learnt.
     """
 
     def __init__(self, student, guide, teacher, o):
@@ -578,22 +566,10 @@ class Refine:
     def __call__(self, tokens, given, times, rng):
         h = self.hardest(given, rng)
         with torch.no_grad():
-            if self.student.config.two_time:
-                target = self.flow_target(h, given)
-            else:
-                target = self.diffusion_target(h, given, rng)
-        losses = self.one_call(self.student, h, given, target)
+            target = self.target(h, given, rng)
+        text = self.student.generate(h, given)
+        losses = self.student.rounding_nats(text, target, share_of(given))
         return losses.mean(), {'one_call': sum_and_number(losses)}
-
-    def one_call(self, student, h, given, target=None):
-        """Logits (B, L, V) of the text that noise h (B, L, C) stands for; or nats (B,)."""
-        if student.config.two_time:
-            start = torch.zeros_like(h[:, 0, 0])
-            return student.predict(h, given, start, start + 1, target)
-        x = student.generate(h, given)
-        if target is None:
-            return student.rounding_logits(x)
-        return student.rounding_nats(x, target, share_of(given))
 
     @torch.no_grad()
     def hardest(self, given, rng):
@@ -602,27 +578,20 @@ class Refine:
         sure = []
         for _ in range(self.o.noises):
             h = self.student.begin(given, rng)
-            log_p = self.one_call(self.student, h, given).log_softmax(-1)
+            logits = self.student.rounding_logits(self.student.generate(h, given))
             tries.append(h)
-            sure.append(row_mean(log_p.amax(-1), given))
+            sure.append(row_mean(logits.log_softmax(-1).amax(-1), given))
         # far from a tie between two texts nothing is left to learn
         hardest = torch.stack(sure).argmin(0)  # (B,)
         return torch.stack(tries)[hardest, torch.arange(len(given), device=given.device)]
 
-    def flow_target(self, h, given):
-        """The text that the guide writes in four jumps."""
-        def guess(h, now, then):
-            return self.guide.predict(h, given, now, then)
-
-        s = torch.zeros_like(h[:, 0, 0])
-        return in_steps(self.guide, guess, h, given, s, s + 1, 4)
-
-    def diffusion_target(self, h, given, rng):
+    def target(self, h, given, rng):
         """
         The guide's text is noised and denoised by the teacher, three times one after the other,
-        with less and less noise (the times are by trial).
+        with less and less noise (the times are by trial): probabilities (B, L, V).
         """
-        x = self.guide.embedded(self.one_call(self.guide, h, given).argmax(-1))
+        guess = self.guide.rounding_logits(self.guide.generate(h, given)).argmax(-1)
+        x = self.guide.embedded(guess)
         for t in (0.5, 0.65, 0.8):
             t = torch.full_like(h[:, 0, 0], t)
             x_t = self.teacher.corrupt(x, h, given, t, rng)
@@ -659,6 +628,8 @@ def load_guide(o, teacher, device):
     """The frozen student that is refined, or None."""
     if not o.guide:
         return None
+    if teacher.config.model != 'diffuseq':
+        fail("--guide: is for a diffusion's student; leave it out here")
     guide, _ = load(o.guide, device)
     if not is_student(guide.config) or not guide.net.embed.equal(teacher.net.embed):
         fail(f'--guide {o.guide}: must be a student of this teacher')
@@ -722,10 +693,10 @@ def stage_of(o, teacher):
     """Which of the four kinds of run the options ask for."""
     if teacher.config.model == 'mdlm':
         return 'masked'
-    if teacher.config.model == 'diffuseq' and (o.adversarial or not o.guide):
-        # with a critic a guide is where the second run starts; its fake is the teacher again
-        return 'score'
-    return 'refine' if o.guide else 'flow map'
+    if teacher.config.model == 'flm':
+        return 'flow map'
+    # with a critic a guide is where the second run starts; its fake is the teacher again
+    return 'refine' if o.guide and not o.adversarial else 'score'
 
 
 def more_parts(o, meta, device):

@@ -1953,11 +1953,10 @@ def test_fresh_generator_is_its_teacher_at_a_later_start():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('more', [{'two_time': True}, {'model': 'diffuseq', 'start': .25}])
-def test_fresh_refined_student_is_its_guide(more):
+def test_fresh_refined_student_is_its_guide():
     """A copy that begins as the teacher, so that what the guide learnt is lost."""
-    guide = tiny(seed=1, **more)
-    teacher = tiny(model=guide.config.model)
+    guide = tiny(seed=1, model='diffuseq', start=.25)
+    teacher = tiny(model='diffuseq')
 
     student = distill.build_student(teacher, guide, options(distill, kind='refine')).eval()
 
@@ -2682,13 +2681,12 @@ def test_student_is_to_please_the_critic():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('more', [{'two_time': True}, {'model': 'diffuseq', 'start': .25}])
-def test_refining_learns_the_noise_whose_text_is_least_sure(more):
+def test_refining_learns_the_noise_whose_text_is_least_sure():
     """The easiest of several noises, on which nothing is left to learn."""
-    student = tiny(**more)
-    teacher = tiny(model=student.config.model, seed=1)
+    student = tiny(model='diffuseq', start=.25)
+    teacher = tiny(model='diffuseq', seed=1)
     given = nothing_given(20)
-    stage = distill.Refine(student, student, teacher, Namespace(noises=4, leg=.1))
+    stage = distill.Refine(student, student, teacher, Namespace(noises=4))
 
     hardest = stage.hardest(given, generator())
 
@@ -2696,31 +2694,10 @@ def test_refining_learns_the_noise_whose_text_is_least_sure(more):
     tries = torch.stack([student.begin(given, rng) for _ in range(4)])
     sure = []
     for h in tries:
-        log_p = stage.one_call(student, h, given).log_softmax(-1)
+        log_p = student.rounding_logits(student.generate(h, given)).log_softmax(-1)
         sure.append(log_p.amax(-1).mean(1))
     want = tries[torch.stack(sure).argmin(0), torch.arange(20)]
     assert torch.equal(hardest, want)
-
-
-@torch.no_grad()
-def test_refined_flow_map_aims_at_what_the_guide_writes_in_four_jumps():
-    """A target that is the guide's text of one jump, from which nothing can be learnt."""
-    student = tiny(two_time=True)
-    guide = tiny(two_time=True, seed=2)
-    given = nothing_given(20)
-    stage = distill.Refine(student, guide, tiny(seed=1), Namespace(noises=1))
-
-    loss, _ = stage(None, given, (), generator())
-
-    h = student.begin(given, generator())
-    x = h
-    times = torch.linspace(0, 1, 5)
-    for s, t in zip(times[:-1, None], times[1:, None]):
-        target = guide.predict(x, given, s, t).softmax(-1)
-        x = guide.jump(x, target, given, s, t)
-    start = torch.zeros(20)
-    log_p = student.predict(h, given, start, start + 1).log_softmax(-1)
-    assert torch.allclose(loss, -(target * log_p).sum(-1).mean(), atol=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -3113,20 +3090,18 @@ def valid_share(folder, path):
 
 
 def test_overfit_a_dozen_rows_in_one_call(dozen):
-    """Anything at all that keeps a teacher, a student or a refined student from learning."""
+    """Anything at all that keeps a teacher or a student from learning."""
     often = ('--batch', 32, '--eval-every', 10 ** 6)
     fast = ('--lr', 4e-3, '--muon-lr', .03)
 
     run_main(train_teacher, '--data', dozen / 'data', '--out', dozen / 'teacher', '--iters', 300,
         '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2, '--axis', 'paper',
         '--stagger', 0, *often)
-    run_main(distill, dozen / 'teacher', '--iters', 150, '--rollout', 4, *fast, *often)
-    run_main(distill, dozen / 'teacher', '--guide', dozen / 'student', '--iters', 200, *fast,
-             *often)
+    run_main(distill, dozen / 'teacher', '--iters', 350, '--rollout', 4, *fast, *often)
 
-    # 0.57 and 0.97 in trials
+    # 0.71 and 0.98 in trials
     before = valid_share(dozen, 'teacher')
-    after = valid_share(dozen, 'one-call')
+    after = valid_share(dozen, 'student')
     assert after >= max(0.95, before + 0.2), (before, after)
 
 
@@ -3156,7 +3131,6 @@ def stop_at_24(monkeypatch, script):
     (train_teacher, 110, ('--data', 'data', *SMALL, '--dropout', .1)),
     (distill, 110, ('small/flow/teacher', '--batch', 4, '--method', 'lagrangian')),
     (train_teacher, 40, ('--data', 'data', *SMALL, '--model', 'diffuseq', '--dropout', .1)),
-    (distill, 40, ('small/flow/teacher', '--batch', 4, '--guide', 'small/flow/student')),
     (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--adversarial', .1, '--dropout', .1)),
     (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--guide', 'small/diffuseq/student')),
     (distill, 40, ('small/mdlm/teacher', '--batch', 4, '--rounds', 3)),
@@ -3557,7 +3531,6 @@ def test_resume_without_a_model_is_refused(dozen, small, tmp_path, capfd, name):
     ('student', ('--data', '{dozen}/other-days'), 'the data is not what it was made from'),
     ('student', ('--method', 'semigroup'), ', now semigroup'),
     ('student', ('--lr', .5), ', now 0.5'),
-    ('student', ('--guide', '{small}/flow/student'), '--guide was '),
 ])
 def test_resume_goes_on_only_as_what_a_run_was(dozen, small, capfd, name, words, said):
     """Weights of one tokenizer with the meta of another, because the shapes are the same."""
@@ -3601,8 +3574,9 @@ def test_resume_copies_the_same_teacher_only(small, capfd):
 def test_resume_refines_with_the_same_guide_only(small, tmp_path, capfd):
     """A guide that was trained anew meanwhile: half of the run aims elsewhere."""
     guide = tmp_path / 'guide'
-    shutil.copytree(small / 'flow/student', guide)
-    command = (small / 'flow/teacher', '--guide', guide, '--batch', 4, '--out', tmp_path / 'out')
+    shutil.copytree(small / 'diffuseq/student', guide)
+    out = tmp_path / 'out'
+    command = (small / 'diffuseq/teacher', '--guide', guide, '--batch', 4, '--out', out)
     run_main(distill, *command, '--iters', 2)
     net, ckpt = models.load(guide)
     net.net.head.weight.data.add_(1)
@@ -3893,11 +3867,11 @@ BAD_STUDENTS = [
     ('{small}/flow/student', 'is a student already'),
     ('{small}/diffuseq/student', 'is a student already'),
     ('{small}/ar/teacher', 'is autoregressive; distil a flow'),
-    ('{small}/mdlm/teacher --guide {small}/flow/student', 'must be a student of this teacher'),
-    ('{small}/flow/teacher --guide missing', 'no such checkpoint'),
-    ('{small}/flow/teacher --guide {small}/flow/teacher', 'must be a student of this teacher'),
-    ('{small}/another/teacher --guide {small}/flow/student', 'must be a student of this teacher'),
-    ('{small}/flow/teacher --guide {small}/diffuseq/student', 'must be a student of this teacher'),
+    ('{small}/mdlm/teacher --guide {small}/mdlm/teacher', "--guide: is for a diffusion's student"),
+    ('{small}/flow/teacher --guide {small}/flow/student', "--guide: is for a diffusion's student"),
+    ('{small}/diffuseq/teacher --guide missing', 'no such checkpoint'),
+    ('{small}/diffuseq/teacher --guide {small}/diffuseq/teacher', 'a student of this teacher'),
+    ('{small}/diffuseq/teacher --guide {small}/flow/student', 'a student of this teacher'),
     ('{small}/flow/teacher --data missing', 'missing holds no prepared data'),
     ('{small}/flow/teacher --data {dozen}/bytes', 'has another tokenizer'),
     ('{small}/flow/teacher --out new --device nonsense', '--device nonsense is not available'),
@@ -3909,11 +3883,11 @@ BAD_STUDENTS = [
     ('{small}/flow/teacher --out new --iters 1 --leg 0', '--leg 0'),
     ('{small}/flow/teacher --out new --noise-values 1', 'must be from 2 to 1000'),
     ('{small}/flow/teacher --out new --noise-values 1001', 'must be from 2 to 1000'),
-    ('{small}/flow/teacher --out new --guide {small}/flow/student --noise-values 4',
+    ('{small}/diffuseq/teacher --out new --guide {small}/diffuseq/student --noise-values 4',
      "is for a flow's student"),
     ('{small}/mdlm/teacher --out new --noise-values 4', "is for a flow's student"),
     ('{small}/flow/teacher --out new --adversarial 0.1', "--adversarial: is for a diffusion's"),
-    ('{small}/flow/teacher --out new --noises 2', '--noises: is for refining'),
+    ('{small}/flow/teacher --out new --noises 2', "--noises: is for a diffusion's student with"),
     ('{small}/diffuseq/teacher --out new --beta2 0.9', '--beta2: score distillation'),
     ('{small}/diffuseq/teacher --out new --method rollout', "--method: is for a flow's student"),
     ('--leg 2', 'a number from 0 to 1'),

@@ -70,7 +70,7 @@ pydocs: pydocs-0 pydocs-1 pydocs-2
 pydocs-%: data/pydocs
 	$(PY) train_teacher.py --data data/pydocs --out $P-$*/teacher --axis loss --channels 8 \
 	  --stagger 0 --batch 64 --iters 2600 --eval-every 650 --seed $*
-	$(PY) distill.py $P-$*/teacher --noise-values 0 --lessons 6000 --iters 900 --seed $*
+	$(PY) distill.py $P-$*/teacher --lessons 6000 --iters 900 --seed $*
 	$(PY) train_teacher.py --data data/pydocs --out $P-$*/mdlm --model mdlm --iters 2400 \
 	  --eval-every 600 --seed $*
 

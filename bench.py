@@ -435,9 +435,7 @@ def open_models(names, seeds):
         for seed in range(seeds):
             path = with_seed(name, seed)
             model, ckpt = load(path)
-            # a student's data are its teacher's
-            folder = ckpt['options'].get('data') or ckpt.get('teacher', {}).get('data', '')
-            opened[path] = Opened(model.config, ckpt['meta'], folder)
+            opened[path] = Opened(model.config, ckpt['meta'], ckpt['options']['data'])
     return opened
 
 

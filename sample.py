@@ -255,13 +255,12 @@ def default_checkpoint():
 def make_writer(path, model, ckpt):
     """A Writer of what model.load returns."""
     meta = ckpt['meta']
-    # students of older checkpoints know their data by their teacher only
     options = ckpt['options']
-    data = options.get('data') or ckpt.get('teacher', {}).get('data', '')
     # SDTT changes nothing in the network that would tell a student from its teacher
     sdtt_calls = options['fewest'] if options.get('stage') == 'masked' else 0
     model = round_weights(model)
-    return Writer(str(path), model, meta, make_encoding(meta['tokenizer']), data, sdtt_calls)
+    encoding = make_encoding(meta['tokenizer'])
+    return Writer(str(path), model, meta, encoding, options['data'], sdtt_calls)
 
 
 def role(writer):

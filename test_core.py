@@ -6151,14 +6151,14 @@ SYSTEMS = {
         "FMLM student, the papers' way": 'paper/student',
         'MDLM, distilled by SDTT': 'mdlm/sdtt', 'AR, with a cache': 'ar/teacher'},
     'pydocs': {
-        'FLM teacher': 'pydocs/teacher', 'FMLM student': 'pydocs/student',
-        'MDLM': 'pydocs-mdlm/teacher'},
+        'FLM teacher': 'pydocs-{seed}/teacher', 'FMLM student': 'pydocs-{seed}/student',
+        'MDLM': 'pydocs-{seed}/mdlm'},
     'stories': {
         'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student',
         'MDLM': 'stories-mdlm/teacher', 'MDLM, distilled by SDTT': 'stories-mdlm/sdtt'},
     'dates': {
         'FLM teacher': 'dates/teacher', 'FMLM student': 'dates/student',
-        'the same, refined (ours)': 'dates/one-call', 'MDLM': 'dates-mdlm/teacher'},
+        'FMLM student, longer': 'dates/long', 'MDLM': 'dates-mdlm/teacher'},
     'dates-diffuseq': {
         'DiffuSeq teacher, ddim': 'diffuseq/teacher', 'DLM-One student': 'diffuseq/student',
         "DLM-One student, the paper's noise": 'diffuseq/position',
@@ -6273,7 +6273,7 @@ def test_the_page_shows_what_the_shipped_student_writes(capsys):
 
 @pytest.mark.parametrize('text, columns, lines', [
     ('dates', ['valid'], [
-        ('dates', 'FMLM student', '1'), ('dates', 'the same, refined (ours)', '1'),
+        ('dates', 'FMLM student', '1'), ('dates', 'FMLM student, longer', '1'),
         ('dates', 'MDLM', '8'), ('dates-diffuseq', 'DLM-One student', '1'),
         ('dates-diffuseq', "DLM-One student, the paper's noise", '1'),
         ('dates-diffuseq', 'the same, refined (ours)', '1')]),

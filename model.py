@@ -117,8 +117,8 @@ class Block(nn.Module):
         size = D // self.heads
         qkv = self.qkv(x).view(B, L, 3, self.heads, size)
         # ours: queries and keys of length 1, times sqrt(size), bound the attention logits
-        # (arXiv:2302.05442), so that the learning rate may be large; FLM caps the logits at 50 (86 % of
-        # stories valid, 55 % without: assets/ablations.md)
+        # (arXiv:2302.05442), so that the learning rate may be large (86 % of stories valid, 55 %
+        # without: assets/ablations.md); FLM caps the logits at 50
         qk = qkv[:, :, :2]
         qk = rotate(qk / (qk.norm(dim=-1, keepdim=True) + 1e-6), cos, sin)
         q, k = qk.permute(2, 0, 3, 1, 4)  # (B, heads, L, size) each
@@ -156,8 +156,8 @@ class Denoiser(nn.Module):
         if config.hidden_input:
             # ours: of few channels tokens lie so close that a linear layer hardly tells them apart
             self.into = nn.Sequential(nn.Linear(C, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
-        # ours: learnt positions beside the rotary ones, which FLM has alone (86 % of stories valid, 51 %
-        # without: assets/ablations.md)
+        # ours: learnt positions beside the rotary ones, which FLM has alone (86 % of stories valid,
+        # 51 % without: assets/ablations.md)
         self.position = nn.Parameter(torch.empty(config.length, D))
         # ours: what marks a position whose token is seen for certain; entry 0 is for all others.
         # One entry would do where E is wide. Of few channels, E learns what noise has to decide,

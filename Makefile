@@ -29,7 +29,7 @@ data/%: | .venv
 	$(PY) prepare_data.py $*
 
 # the weights in assets/ are from the first two lines, an hour and a quarter of one core; masked
-# diffusion is trained as long as both, and then distilled
+# diffusion is trained as long as both, and then distilled; AR needs a quarter of an hour
 S = out/stories
 stories: data/stories
 	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2600 --eval-every 1300
@@ -37,7 +37,9 @@ stories: data/stories
 	$(PY) train_teacher.py --data data/stories --model mdlm --layers 6 --iters 11500 \
 	  --eval-every 2300
 	$(PY) distill.py $S-mdlm/teacher --iters 5000 --eval-every 2500
-	$(PY) bench.py quality $S/teacher $S/student $S-mdlm/teacher $S-mdlm/sdtt \
+	$(PY) train_teacher.py --data data/stories --model ar --layers 6 --iters 2000 \
+	  --eval-every 1000
+	$(PY) bench.py quality $S/teacher $S/student $S-mdlm/teacher $S-mdlm/sdtt $S-ar/teacher \
 	  --nfe 1 2 4 8 32 64 --rows 500 --seeds 2 --out assets/stories.json
 
 # one call beside its rivals, each trained three times, for about eight minutes of one core with

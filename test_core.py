@@ -6155,7 +6155,8 @@ SYSTEMS = {
         'MDLM': 'pydocs-{seed}/mdlm'},
     'stories': {
         'FLM teacher': 'stories/teacher', 'FMLM student': 'stories/student',
-        'MDLM': 'stories-mdlm/teacher', 'MDLM, distilled by SDTT': 'stories-mdlm/sdtt'},
+        'MDLM': 'stories-mdlm/teacher', 'MDLM, distilled by SDTT': 'stories-mdlm/sdtt',
+        'AR, with a cache': 'stories-ar/teacher'},
     'dates': {
         'FLM teacher': 'dates/teacher', 'FMLM student': 'dates/student',
         'FMLM student, longer': 'dates/long', 'MDLM': 'dates-mdlm/teacher'},

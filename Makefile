@@ -84,8 +84,8 @@ weights:
 	$(PY) sample.py assets/stories-student.pt --compare assets/stories-teacher.pt \
 	  --film assets/stories-film.svg
 
-# a flow map whose lessons are of eight calls, as are enough for minutes, and one of an hour, of more
-# and better lessons, whose weights are in assets/. The baseline is trained as long as the former
+# a flow map whose lessons are of eight calls, as are enough for eight minutes, and one of forty, of
+# more and better lessons, whose weights are in assets/. The baseline is trained as long as the former
 D = out/dates
 dates: data/dates
 	$(PY) train_teacher.py --data data/dates --channels 1 --no-hidden-input --stagger 0 \

@@ -498,7 +498,7 @@ def rows_to_draw(path, options, meta, val):
         if most < rows:
             print(f'{path}: its data hold out {n} rows: measuring {most} samples, not {rows}')
         # all samples of each source
-        return min(most, rows) // least * least if meta['pairs'] else min(most, rows)
+        return min(most, rows) // each * each
     if options.rows < least:
         if meta['pairs']:
             fail(f'--rows {options.rows}: must be at least the {least} samples of one source')
@@ -506,7 +506,7 @@ def rows_to_draw(path, options, meta, val):
     if options.rows > most:
         fail(f'{path}: its data hold out {n} rows, too few for so many samples; --rows {most}, or '
              'less')
-    if meta['pairs'] and options.rows % each:
+    if options.rows % each:
         fail(f'--rows {options.rows}: must be a multiple of the {each} samples of one source')
     return options.rows
 
@@ -597,8 +597,13 @@ def check_writable(out):
         trial.unlink()
     except OSError as error:
         fail(f'{out}: cannot be written: {why_not(error)}')
-    if os.path.exists(out):
-        print(f'{out} is there already, and will be replaced', flush=True)
+    tell_if_replaced(out)
+
+
+def tell_if_replaced(path):
+    """A line if a file is there that will be written anew."""
+    if os.path.exists(path):
+        print(f'{path} is there already, and will be replaced', flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -611,7 +616,7 @@ class Reference:
     meta: dict
     held: torch.Tensor      # (n, L) rows held out, in the order of the file
     real: list              # text: lists of ids that samples should be like
-    seen: set               # text: hashes of the training texts
+    seen: set               # text in rows: hashes of the training texts
     chance: float           # stories: the share that is in the training set by chance
     scorer: object          # text: an ar model, or None
 
@@ -639,7 +644,9 @@ def make_reference(folder, data, rows, scorer):
     mixed = held[np.random.default_rng(0).permutation(len(held))]
     half = len(held) // 2
     reference.real = [ids for _, ids in split_rows(mixed[:half][:REFERENCE_ROWS], meta)]
-    reference.seen = training_texts(train, meta)
+    # the text of a stream is not cut where samples are: a copy would not be found
+    if meta['kind'] == 'rows':
+        reference.seen = training_texts(train, meta)
     if meta['tokenizer']['name'] == 'stories':
         reference.chance = expected_seen(len(train) // L)
     return reference, mixed[half:][:rows]
@@ -671,8 +678,8 @@ def text_figures(rows, reference):
     figures['energy'] = energy_distance(texts, reference.real)
     if reference.scorer is not None:
         figures['gen_ppl'] = generative_perplexity(rows, meta, reference.scorer)
-    # whether they repeat the training text; that of a stream is not cut where theirs are
-    if meta['kind'] == 'rows':
+    # whether they repeat the training text
+    if reference.seen:
         figures['copied'] = copied(texts, reference.seen)
     if reference.chance:
         figures['copied_by_chance'] = reference.chance
@@ -802,8 +809,7 @@ def quality(options, device):
     report = Report(options.out or free_name('out/quality.json'), options, device)
     check_writable(report.out)
     drawing = Path(report.out).with_suffix('.svg')
-    if drawing.exists():
-        print(f'{drawing} is there already, and will be replaced', flush=True)
+    tell_if_replaced(drawing)
 
     # what real text scores, and the same tokens without their order
     reference, real = make_reference(opened[first].folder, data, options.rows, scorer)

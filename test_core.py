@@ -3589,6 +3589,37 @@ def test_resume_refines_with_the_same_guide_only(small, tmp_path, capfd):
     assert files_in(tmp_path) == before
 
 
+def test_resume_does_not_begin_to_refine(small, capfd):
+    """A student of score distillation that goes on as a copy of a guide."""
+    message = refusal(capfd, distill, small / 'diffuseq/teacher', '--batch', 4, '--iters', 9,
+                      '--guide', small / 'diffuseq/student', '--resume',
+                      '--out', small / 'diffuseq/student')
+
+    assert '--guide was ' in message
+
+
+def test_a_guide_of_another_teacher_is_refused(small, tmp_path, capfd):
+    """A guide and a teacher whose embeddings differ: noise of one is no noise of the other."""
+    net, ckpt = models.load(small / 'diffuseq/student')
+    net.net.embed.data.add_(1)
+    torch.save({**ckpt, 'ema': net.state_dict()}, tmp_path / 'guide.pt')
+
+    message = refusal(capfd, distill, small / 'diffuseq/teacher', '--batch', 4, '--iters', 2,
+                      '--guide', tmp_path / 'guide.pt', '--out', tmp_path / 'out')
+
+    assert 'must be a student of this teacher' in message
+
+
+def test_resume_keeps_the_length_of_a_round(small, tmp_path, capfd):
+    """A longer run, whose rounds are longer, that goes back to a round it has left."""
+    command = (small / 'mdlm/teacher', '--batch', 4, '--rounds', 2, '--out', tmp_path)
+    run_main(distill, *command, '--iters', 2)
+
+    message = refusal(capfd, distill, *command, '--iters', 4, '--resume')
+
+    assert 'the rounds of' in message
+
+
 def test_a_run_may_go_on_elsewhere_and_longer(dozen, small, tmp_path):
     """A check so strict that a moved folder cannot be resumed."""
     for part in ('data', 'small/flow/teacher'):
@@ -5183,6 +5214,18 @@ def test_quality_of_stories_says_what_is_copied_by_chance(here, capsys):
     assert {'well_formed', 'slot_entropy', 'slot_divergence', 'unique', 'copied'} <= set(ours)
 
 
+def test_copies_are_not_looked_for_in_a_stream(here):
+    """Training text cut where no sample is, so that what was learnt by heart counts as new."""
+    write_bytes(here / 'data/stream', 24)
+    data = prepare_data.load_dataset(here / 'data/stream')
+
+    reference, real = bench.make_reference(str(here / 'data/stream'), data, 4, None)
+    figures = bench.text_figures(real, reference)
+
+    assert 'js1' in figures
+    assert 'copied' not in figures
+
+
 def test_quality_of_pairs(pairs, capsys):
     """Figures of several samples where there is only one, or the other way round."""
     make_model(Path('m.pt'), pairs, model='diffuseq')
@@ -5453,6 +5496,8 @@ def test_too_little_held_out_text_is_refused_with_what_would_do(text, pairs, cap
     assert '--rows 60, or less' in message
     message = bench_refused(capsys, 'quality', 'p.pt', '--per-source', 4, '--rows', 3)
     assert 'at least the 4' in message
+    message = bench_refused(capsys, 'quality', 'p.pt', '--per-source', 4, '--rows', 6)
+    assert 'a multiple of the 4' in message
     few = make_data(Path('data/few'), [f'{n} bottles' for n in range(15)], 'byte', 24)
     make_model(Path('f.pt'), few)
     assert 'hold out 3 rows, too few' in bench_refused(capsys, 'quality', 'f.pt')

@@ -133,22 +133,33 @@ def in_range(text, kind, low, high, what):
     return value
 
 
-def count(text):
+def number(kind, low, high):
+    """An argparse type: a number from low to high."""
+    name = 'a whole number' if kind is int else 'a number'
+    return lambda text: in_range(text, kind, low, high, f'{name} from {low:,} to {high:,}')
+
+
+def say(text):
+    """Print a line."""
+    print(text, flush=True)
+
+
+def nonnegative_int(text):
     """argparse type: a whole number from 0 to 1e9."""
     return in_range(text, int, 0, 10 ** 9, 'a whole number from 0 to 1,000,000,000')
 
 
-def positive(text):
+def positive_int(text):
     """argparse type: a whole number from 1 to 1e9."""
     return in_range(text, int, 1, 10 ** 9, 'a whole number from 1 to 1,000,000,000')
 
 
-def share(text):
+def fraction(text):
     """argparse type: a number from 0 to 1."""
     return in_range(text, float, 0, 1, 'a number from 0 to 1')
 
 
-def rate(text):
+def nonnegative(text):
     """argparse type: a finite number from 0."""
     return in_range(text, float, 0, sys.float_info.max, 'a finite number from 0 up')
 
@@ -1308,7 +1319,7 @@ def entropy_of(items):
     return entropy(Counter(items).values())
 
 
-def health(rows, meta, data=''):
+def sanity_metrics(rows, meta, data=''):
     """Figures that tell text from noise, for rows (B, L): a dict of floats.
     dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
     stories: see story_figures. Else: entropy of a row's tokens (nats), share of unique rows, and of
@@ -1349,8 +1360,8 @@ def parse(argv=None):
     # how to write it
     add('--tokenizer', help='gpt2, bpe:N, byte, or bert:vocab.txt, which is lower case without '
         'line breaks; bpe:2048, of lm1b and owt gpt2')
-    add('--length', type=positive, help='tokens per row; 32, or as in the papers')
-    add('--val', type=share, default=0.1,
+    add('--length', type=positive_int, help='tokens per row; 32, or as in the papers')
+    add('--val', type=fraction, default=0.1,
         help='share held out, of a stream its end; of lm1b, owt, tinystories and wikitext at most '
              'what is usual')
     add('--data', default='data', help='the folder that receives NAME/')

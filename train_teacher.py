@@ -3,15 +3,18 @@ Train a teacher, which writes in tens of network calls, for distill.py to turn i
 
     python train_teacher.py                         # the newest data set; minutes on a laptop's CPU
     python train_teacher.py --data data/dates --model diffuseq       # or the baselines mdlm, ar
-    torchrun --standalone --nproc_per_node=8 train_teacher.py        # the paper's size, on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train_teacher.py        # several GPUs, the same result
 
-Writes <out>/model.pt (weights, their average, optimisers, config, tokenizer) and <out>/log.jsonl.
-Without --preset the settings are the paper's on a GPU, and laptop-sized on a CPU.
+Writes <out>/model.pt (weights, their average, optimizers, config, tokenizer) and <out>/log.jsonl.
+The settings follow the machine (--preset) and the kind of data. The training loop, `train`, serves
+distill.py too: what a run minimizes is an Objective.
 """
 
 import argparse
 import atexit
 import copy
+import errno
+import itertools
 import json
 import math
 import os
@@ -20,209 +23,224 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_command, as_rows, count, load_dataset, newest_dataset,
-                          positive, rate, run_script, to_texts, why_not)
-from prepare_data import share as share_type
+from prepare_data import (Parser, as_command, as_rows, fail, fraction, load_dataset, newest_dataset,
+                          nonnegative, nonnegative_int, number, positive_int, run_script, say,
+                          to_texts, why_not)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (MEASURED_AXES, Config, autocast, build, compile_net, fail, generator, has_bf16,
-                   load, pick_device, save)
+from model import Config, autocast, build, generator, has_bf16, load, pick_device, save
 
 # -----------------------------------------------------------------------------
 # Options
 
-# ours, for minutes on a CPU: Muon, few channels of the embedding, a hidden layer behind them, open
-# gates, the measured axis, first tokens ahead of last ones, given tokens in part of the rows, an
-# anchor for the diffusion. What is measured of it: assets/ablations.md
+# ours, for minutes on a CPU: Muon, few channels of the embedding with a hidden layer after them,
+# open gates, a reparameterization that follows the loss, given tokens in a fraction of the rows, an
+# anchor for the diffusion. assets/ablations.md has what each of them brings
 LAPTOP = dict(
-    layers=4, heads=8, width=128, channels=2, dropout=0.0, gate=0.3, hidden_input=True,
-    axis='measured', stagger=3.0, given=0.3, anchor=0.1, all_positions=False, iters=1000,
-    batch=128, optimiser='muon', lr=3e-3, beta2=0.99, warmup=50, decay=0.6, ema=0.999,
-    eval_every=500)
-LAPTOP_DIFFUSEQ = {
-    **LAPTOP, 'channels': 8, 'hidden_input': False, 'stagger': 0.0, 'iters': 1500, 'batch': 64}
-# a baseline's embedding is not noised, so it may be wider; it learns from all that it writes
-LAPTOP_BASELINE = {
-    **LAPTOP, 'channels': 32, 'hidden_input': False, 'stagger': 0.0, 'given': 0.0, 'iters': 900}
+    layers=4, heads=8, width=128, channels=8, dropout=0.0, gate=0.3, hidden_input=True,
+    reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False, minutes=5, iters=None,
+    batch=128, optimizer='muon', lr=3e-3, muon_lr=0.02, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
+    ema=0.999, evals=2)
 
 # FLM, arXiv:2602.16813; MDLM and AR of the same size
 PAPER = dict(
     layers=12, heads=12, width=768, channels=768, dropout=0.1, gate=0.0, hidden_input=False,
-    axis='paper', stagger=0.0, given=0.0, anchor=0.0, all_positions=False, iters=1_000_000,
-    batch=512, optimiser='adamw', lr=3e-4, beta2=0.999, warmup=2500, decay=0.0, ema=0.9999,
-    eval_every=5000)
-# DiffuSeq, arXiv:2210.08933, on its question pairs
-PAPER_DIFFUSEQ = {
-    **PAPER, 'channels': 128, 'all_positions': True, 'iters': 50_000, 'batch': 2048, 'lr': 1e-4,
-    'warmup': 0, 'decay': 1.0}
+    reparam='paper', stagger=0.0, given=0.0, anchor=0.0, all_positions=False, minutes=None,
+    iters=1_000_000, batch=512, optimizer='adamw', lr=3e-4, muon_lr=0.02, beta2=0.999, clip=1.0,
+    warmup=2500, decay=0.0, ema=0.9999, evals=200)
 
-PRESETS = {
-    ('laptop', 'flm'): LAPTOP,
-    ('laptop', 'diffuseq'): LAPTOP_DIFFUSEQ,
-    ('laptop', 'mdlm'): LAPTOP_BASELINE,
-    ('laptop', 'ar'): LAPTOP_BASELINE,
-    ('paper', 'flm'): PAPER,
-    ('paper', 'diffuseq'): PAPER_DIFFUSEQ,
-    ('paper', 'mdlm'): PAPER,
-    ('paper', 'ar'): PAPER,
+# what differs for a kind of data, or for a model: the later ones of a list override the earlier
+LAPTOP_DATA = {
+    'text': {},
+    'pairs': {},
+    'stories': dict(channels=2, reparam='root', stagger=3.0),
+}
+# a baseline's embedding is not noised, so it may be wider; it needs no given tokens in training, as
+# it sees some anyway
+LAPTOP_MODEL = {
+    'flm': {},
+    'diffuseq': dict(channels=8, hidden_input=False, batch=64),
+    'mdlm': dict(channels=32, hidden_input=False, given=0.0),
+    'ar': dict(channels=32, hidden_input=False, given=0.0),
+}
+PAPER_MODEL = {
+    'flm': {},
+    # DiffuSeq, arXiv:2210.08933, on its question pairs
+    'diffuseq': dict(channels=128, all_positions=True, iters=50_000, batch=2048, lr=1e-4, warmup=0,
+                     decay=1.0, evals=10),
+    'mdlm': {},
+    'ar': {},
 }
 
-# options that are for one kind of model only
-ONLY_FOR = {'axis': 'flm', 'stagger': 'flm', 'anchor': 'diffuseq', 'all_positions': 'diffuseq'}
+
+def preset(machine, model, data):
+    """The settings for a machine (laptop, paper), a model and a kind of data."""
+    if machine == 'paper':
+        return {**PAPER, **PAPER_MODEL[model]}
+    return {**LAPTOP, **LAPTOP_DATA[data], **LAPTOP_MODEL[model]}
+
+
+# the models that an option is for, where it is not for all
+ONLY_FOR = {
+    'reparam': ['flm'],
+    'stagger': ['flm'],
+    'anchor': ['diffuseq'],
+    'all_positions': ['diffuseq'],
+}
 
 
 def parse(argv=None):
-    """The options of a command line; those without a value get it from apply_preset."""
+    """The options of a command line; what is not given is None, see fill_in."""
     parser = Parser(description=__doc__)
-    add = preset_adder(parser, LAPTOP, PAPER)
+    add = preset_adder(parser, laptop=LAPTOP, paper=PAPER)
     # what and where
     add('--data', default='', help='folder made by prepare_data.py; default: the newest')
     add('--out', default='', help='folder to write to; default: out/<data>[-<model>]/teacher')
     add('--model', default='flm', choices=['flm', 'diffuseq', 'mdlm', 'ar'],
         help='one-hot flow, embedding diffusion, or a baseline')
-    add('--preset', choices=['laptop', 'paper'],
-        help='whose settings; default: paper on a GPU, laptop on a CPU')
     # the network
-    add('--layers', type=positive, help='transformer blocks')
-    add('--heads', type=positive, help='attention heads')
-    add('--width', type=positive, help='D, channels of the residual stream')
-    add('--channels', type=positive, help='C, channels of the embedding table')
-    add('--dropout', type=share_type, help='on attention-out and MLP-out')
-    add('--gate', type=rate, help='initial residual gates; 0 is adaLN-zero')
+    add('--layers', type=number(int, 1, 1000), help='transformer blocks')
+    add('--heads', type=number(int, 1, 1000), help='attention heads')
+    add('--width', type=number(int, 2, 100_000), help='D, channels of the residual stream')
+    add('--channels', type=number(int, 1, 100_000), help='C, channels of the embedding table')
+    add('--gate', type=nonnegative, help='initial residual gates; 0 is adaLN-zero')
     add('--hidden-input', action=argparse.BooleanOptionalAction,
         help='a hidden layer between the embedding and the first block')
     # the loss
-    add('--axis', choices=['paper', *MEASURED_AXES, 'uniform'],
-        help='flm: how tau runs along t; by the root of the measured loss, or by the loss itself')
-    add('--stagger', type=rate,
-        help='flm: how much later the last token is written than the first; 0: all together')
-    add('--given', type=share_type,
-        help='share of rows without a source that get random given tokens, for prompts and infills')
-    add('--anchor', type=rate,
+    add('--reparam', choices=['paper', 'root', 'loss', 'uniform'],
+        help='flm: tau(t), as in the paper, or by the root of the measured loss, or by the loss')
+    add('--stagger', type=nonnegative,
+        help='flm: how much later the last token is denoised than the first; 0: all together')
+    add('--anchor', type=nonnegative,
         help='diffuseq: weight of the cross-entropy of the rounded prediction')
     add('--all-positions', action=argparse.BooleanOptionalAction,
         help='diffuseq: noise and error at the source, too')
-    # the optimiser
-    add('--iters', type=count, help='iterations of the optimiser')
-    add('--batch', type=positive, help='rows per iteration, of all processes together')
-    add('--optimiser', choices=['muon', 'adamw'],
-        help='muon is for the matrices in the blocks, AdamW for all else')
-    add('--lr', type=rate, help='peak learning rate of AdamW')
-    add('--muon-lr', type=rate, default=0.02, help='peak learning rate of Muon')
-    add('--beta2', type=share_type, help='of AdamW')
-    add('--clip', type=rate, default=1.0, help='largest norm of the gradient; 0: any')
-    add('--warmup', type=count, help='iterations of linear warm-up')
-    add('--decay', type=share_type, help='last share of the run, over which rates fall to 0')
-    add('--ema', type=share_type, help='decay of the averaged weights, which samples use')
-    # the run
-    add_run_options(add)
+    add_training_options(add)
     return parser.parse_args(argv)
 
 
-def preset_adder(parser, laptop, paper):
-    """parser.add_argument, whose help tells what the presets say of an option."""
+def preset_adder(parser, **presets):
+    """parser.add_argument, whose help tells an option's value in the presets."""
     def add(name, **how):
         key = name.removeprefix('--').replace('-', '_')
-        if key in laptop:
-            how['help'] += f' [laptop {laptop[key]}, paper {paper[key]}]'
+        values = [f'{machine} {settings[key]}' for machine, settings in presets.items()
+                  if settings.get(key) is not None]
+        if values:
+            how['help'] += f' [{", ".join(values)}]'
         parser.add_argument(name, **how)
     return add
 
 
-def add_run_options(add):
+def add_training_options(add):
     """The options that train_teacher.py and distill.py share."""
-    add('--eval-every', type=positive, help='iterations between measurements; each one saves')
-    add('--parts', type=count, default=0,
-        help='parts a batch is computed in; 0: one for each process, or as memory asks')
-    add('--resume', action='store_true', help='go on from <out>/model.pt')
+    # a 1 would drop, or remember, everything
+    below_one = number(float, 0, 0.999999)
+    add('--preset', choices=['laptop', 'paper'],
+        help='the settings; default: paper on a GPU, laptop on a CPU')
+    add('--given', type=fraction,
+        help='fraction of rows without a source that get random given tokens, for prompts')
+    add('--dropout', type=below_one, help='after attention and after the MLP')
+    # the optimizer
+    add('--minutes', type=number(float, 0.01, 1e6), help='train for so long: sets the number of iterations')
+    add('--iters', type=positive_int, help='iterations of the optimizer, in place of --minutes')
+    add('--batch', type=positive_int, help='rows per iteration, of all processes together')
+    add('--optimizer', choices=['muon', 'adamw'],
+        help='muon is for the matrices in the blocks, AdamW for the rest')
+    add('--lr', type=nonnegative, help='peak learning rate of AdamW')
+    add('--muon-lr', type=nonnegative, help='peak learning rate of Muon')
+    add('--beta2', type=below_one, help='of AdamW')
+    add('--clip', type=nonnegative, help='largest norm of the gradient; 0: unlimited')
+    add('--warmup', type=nonnegative_int, help='iterations of linear warm-up')
+    add('--decay', type=fraction, help='last fraction of the run, over which rates fall to 0')
+    add('--ema', type=below_one, help='decay of the averaged weights, which samples use')
+    # the run
+    add('--evals', type=positive_int, help='measurements, evenly spread; each one saves first')
+    add('--micro-batches', type=nonnegative_int, default=0,
+        help='parts a batch is computed in; 0: one per process, more if memory requires it')
+    add('--resume', action='store_true', help='continue from <out>/model.pt')
     add('--overwrite', action='store_true', help='replace the model in <out>')
-    add('--seed', type=count, default=0, help='of weights, batches and noise')
+    add('--seed', type=nonnegative_int, default=0, help='of weights, batches and noise')
     add('--device', default='', help='cpu, cuda or mps; default: the best there is')
     add('--no-compile', dest='compile', action='store_false', help='no torch.compile on CUDA')
 
 
-def apply_preset(options, device, presets, kind):
-    """Fill in what the command line left open: the paper's on a GPU, the laptop's on a CPU."""
-    if options.preset is None:
-        options.preset = 'paper' if device.type == 'cuda' else 'laptop'
-    for name, value in presets[options.preset, kind].items():
+def fill_in(options, settings):
+    """Complete what the command line left open, once; nothing changes the options afterwards."""
+    if options.iters is not None and options.minutes is not None:
+        fail('--iters and --minutes do not go together; give one of them')
+    # whichever was given counts, and not what the preset says of the other
+    if options.iters is not None or options.minutes is not None:
+        settings = {**settings, 'iters': options.iters, 'minutes': options.minutes}
+    for name, value in settings.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
 
 
-def check_model(o):
-    """Refuse options that would change nothing in a model of this kind; the preset comes later."""
-    for name, model in ONLY_FOR.items():
-        if getattr(o, name) is not None and o.model != model:
-            fail(f'{as_flag(name)}: is for --model {model}; leave it out for {o.model}')
+def default_machine(device):
+    """The preset for a device."""
+    return 'paper' if device.type == 'cuda' else 'laptop'
 
 
-def as_flag(name):
+def kind_of_data(meta):
+    """What settings depend on: pairs, stories (short texts of a grammar), or any other text."""
+    if meta['pairs']:
+        return 'pairs'
+    return 'stories' if meta['tokenizer']['name'] == 'stories' else 'text'
+
+
+def refuse_unused(options, only_for, kind, name):
+    """Stop at an option that has no effect on this kind of model or run, called `name`."""
+    for option, kinds in only_for.items():
+        if getattr(options, option) is not None and kind not in kinds:
+            fail(f'{as_flag(option)} is for {", ".join(kinds)}; leave it out for {name}')
+
+
+def as_flag(option):
     """An option's name as it is typed."""
-    return '--' + name.replace('_', '-')
-
-
-def check_options(o):
-    """Refuse a network that cannot be built."""
-    if o.width % (2 * o.heads):
-        fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
-    check_shares(o)
-    if o.layers * o.width ** 2 > 1e11:
-        fail(f'--layers {o.layers}, --width {o.width}: too large for any machine')
-    if o.channels > 1e6:
-        fail(f'--channels {o.channels}: too large for any machine')
-
-
-def check_shares(o):
-    """Refuse a 1 where all must not be dropped, or remembered."""
-    if o.dropout == 1:
-        fail('--dropout 1: nothing would be left; give less')
-    if o.beta2 == 1:
-        fail('--beta2 1: no gradient would ever count; give less')
+    return '-n' if option == 'n' else '--' + option.replace('_', '-')
 
 
 # -----------------------------------------------------------------------------
 # Batches
 
-def get_batch(ids, meta, n, share, cpu, device):
+def get_batch(ids, meta, n, given_fraction, cpu, device):
     """
-    n random rows: tokens and given (n, L) int64, tau (n,) spread evenly over [0, 1).
-    Of pairs the source is given. Of a `share` of other rows a random prefix or random tokens are
-    (ours: prompts and infilling then work in a single call).
+    n random rows: tokens and given (n, L) int64. Of pairs the source is given. Of a fraction of
+    other rows a random prefix or random tokens are (ours: prompts and infilling then work in a
+    single call).
     """
     L = meta['length']
     stride = L if meta['kind'] == 'rows' else 1  # any window of a stream is a row
     starts = torch.randint((len(ids) - L) // stride + 1, (n,), generator=cpu) * stride
-    rows = np.stack([ids[start:start + L] for start in starts.tolist()])
+    rows = ids[starts.numpy()[:, None] + np.arange(L)]
     tokens = torch.from_numpy(rows.astype(np.int64))
     if meta['pairs']:
         given = up_to(tokens, meta, '<sep>')
     else:
-        given = random_given(tokens, share, cpu)
-    tau = even_times(torch.rand(1, generator=cpu), n)
-    return [to_device(x, device) for x in (tokens, given, tau)]
+        given = random_given(tokens, given_fraction, cpu)
+    return to_device(tokens, device), to_device(given, device)
 
 
-def even_times(start, n):
-    """Stratified: one time in each of n equal stretches of [0, 1), from a random start: (n,)."""
+def stratified(start, n):
+    """One time in each of n equal stretches of [0, 1), from a random start: (n,)."""
     return (start + torch.arange(n) / n) % 1
 
 
-def random_given(tokens, share, cpu):
-    """Given tokens for a `share` of rows, half of them prefixes, half scattered: (n, L)."""
+def random_given(tokens, given_fraction, cpu):
+    """Given tokens for a fraction of rows, half of them prefixes, half scattered: (n, L)."""
     n, L = tokens.shape
     chosen, amount, kind = torch.rand(3, n, 1, generator=cpu)
     prefix = torch.arange(L) < amount * L * 0.75
     scattered = torch.rand(n, L, generator=cpu) < amount
-    known = (chosen < share) & torch.where(kind < 0.5, prefix, scattered)
+    known = (chosen < given_fraction) & torch.where(kind < 0.5, prefix, scattered)
     return torch.where(known, tokens, -1)
 
 
@@ -243,74 +261,56 @@ def to_device(x, device):
 # -----------------------------------------------------------------------------
 # Several processes
 
-def start_processes(o):
-    """Join the others that torchrun started, if any: (rank, how many, this one's device)."""
+def start_processes(name):
+    """Join the others that torchrun started, if any: (rank, world size, this one's device)."""
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1 and torch.cuda.is_available() and not o.device.startswith('cpu'):
+    if world > 1 and torch.cuda.is_available() and not name.startswith('cpu'):
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if processes > torch.cuda.device_count():
             fail(f'{processes} processes, but {torch.cuda.device_count()} GPUs; give torchrun '
                  'a smaller --nproc_per_node')
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    device = pick_device(o.device)
+    device = pick_device(name)
     if world > 1 and device.type not in ('cpu', 'cuda'):
         fail(f'several processes cannot share {device}; add --device cpu, or leave out torchrun')
     if world > 1:
-        # gloo for what is on CPUs, nccl for what is on GPUs
+        # gloo for tensors on CPUs, nccl for those on GPUs
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
     if rank > 0:
-        # the first process speaks for all
+        # only the first process prints
         sys.stdout = open(os.devnull, 'w')
     return rank, world, device
 
 
-def set_parts(o, world):
-    """How many parts a batch is computed in; one process with n parts trains as n processes do."""
-    o.parts = o.parts or world
-    if o.parts % world:
-        fail(f'--parts {o.parts}: must be a multiple of the number of processes ({world})')
-    if o.batch % o.parts:
-        fail(f'--batch {o.batch}: must be a multiple of --parts ({o.parts}), of which each process '
-             'has at least one')
-
-
-def parts_of(o, it, rank, world, device):
-    """
-    For each of this process's parts of a batch: which rows are in it, and the generator of its
-    noise. Part i of n has rows i, i + n, i + 2n, ...: of all times, and of all kinds.
-    """
-    for part in range(rank, o.parts, world):
-        rng = generator(device, o.seed, it, 1 + part)
-        # dropout draws from the global generator
-        torch.manual_seed(rng.initial_seed())
-        yield slice(part, None, o.parts), rng
-
-
-def add_up(tensors):
+def all_reduce(tensors):
     """Each tensor becomes its sum over all processes."""
     if dist.is_initialized():
-        messages = [dist.all_reduce(x, async_op=True) for x in tensors]
-        for message in messages:
-            message.wait()
+        handles = [dist.all_reduce(x, async_op=True) for x in tensors]
+        for handle in handles:
+            handle.wait()
 
 
 class Stopper:
-    """Ctrl-C or SIGTERM, to any process, ends a run after the iteration at hand; it is saved."""
+    """Ctrl-C, SIGTERM or a lost terminal, in any process, ends a run after a last save."""
 
     def __init__(self):
         self.heard = False
-        signal.signal(signal.SIGINT, self.hear)
-        signal.signal(signal.SIGTERM, self.hear)
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            # Windows lacks some
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.hear)
 
     def hear(self, number, frame):
-        # written by the system's own call: print may have been interrupted itself
         if not self.heard:
-            os.write(2, b'\nstopping after this iteration, saving ...\n')
+            line = '\nstopping after this iteration, saving ...\n'
         else:
-            os.write(2, f'still saving; to lose it: kill -9 {os.getpid()}\n'.encode())
+            line = f'still saving; to lose it: kill -9 {os.getpid()}\n'
         self.heard = True
+        # by a system call, as print itself may have been interrupted; stderr may be gone
+        with suppress(OSError):
+            os.write(2, line.encode())
 
     def asked(self):
         """Whether any process was told to stop; all of them agree on it."""
@@ -323,16 +323,16 @@ class Stopper:
 
 
 # -----------------------------------------------------------------------------
-# Optimisers
+# Optimizers
 
-def orthogonalise(update):
+def orthogonalize(update):
     """
     Newton-Schulz iteration (K. Jordan 2024): matrices (n, rows, cols) -> nearly orthogonal ones.
     Five iterations of a quintic polynomial push all singular values towards 1.
     """
     tall = update.shape[1] > update.shape[2]
     x = update.mT if tall else update
-    # bf16 where the machine has it; most CPUs would emulate it, 17 times slower than fp32
+    # most CPUs would emulate bf16, far slower than fp32
     if has_bf16(x.device):
         x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -345,9 +345,9 @@ def orthogonalise(update):
 
 class Muon(torch.optim.Optimizer):
     """
-    ours: Muon (K. Jordan 2024), momentum made orthogonal: a small network needs far fewer
+    ours: Muon (K. Jordan 2024), orthogonalized momentum: a small network needs far fewer
     iterations. The update of torch.optim.Muon without weight decay, for all matrices of a shape at
-    once.
+    once, and in fp32 where there is no bf16.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -361,7 +361,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(p.shape, []).append(p)
             for (rows, cols), params in by_shape.items():
                 updates = [self.momentum_update(p, group['momentum']) for p in params]
-                updates = orthogonalise(torch.stack(updates))
+                updates = orthogonalize(torch.stack(updates))
                 scale = group['lr'] * max(1, rows / cols) ** 0.5
                 for p, update in zip(params, updates):
                     p.add_(update, alpha=-scale)
@@ -375,46 +375,46 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(average, momentum)
 
 
-def make_optimisers(model, o):
-    """AdamW, and with --optimiser muon Muon for the matrices inside the blocks."""
+def make_optimizers(model, o):
+    """AdamW, and with --optimizer muon Muon for the matrices inside the blocks."""
     matrices = []
     rest = []
     for name, p in model.named_parameters():
         inside = re.search(r'blocks.*(qkv|out|up|down)\.weight', name)
         if not p.requires_grad:
             continue
-        if o.optimiser == 'muon' and inside:
+        if o.optimizer == 'muon' and inside:
             matrices.append(p)
         else:
             rest.append(p)
-    optimisers = [torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, o.beta2), weight_decay=0.0,
+    optimizers = [torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, o.beta2), weight_decay=0.0,
                                     fused=True)]
     if matrices:
-        optimisers.append(Muon(matrices, lr=o.muon_lr))
-    return optimisers
+        optimizers.append(Muon(matrices, lr=o.muon_lr))
+    return optimizers
 
 
-def learning_rate_factor(it, o):
-    """Linear warm-up, then flat, then a linear fall to 0 over the last `decay` share of a run."""
+def learning_rate_factor(it, iters, o):
+    """Linear warm-up, then constant, then linear to 0 over the last fraction --decay of a run."""
     factor = 1.0
     if o.warmup:
         factor = min(factor, (it + 1) / o.warmup)
-    if o.decay:
-        factor = min(factor, (o.iters - it) / (o.decay * o.iters))
+    # while iters is not known yet, the end is far
+    if o.decay and iters:
+        factor = min(factor, (iters - it) / (o.decay * iters))
     return factor
 
 
-def update(model, ema, optimisers, it, o):
-    """One iteration of the optimisers from the gradients at hand, then of the average -> norm."""
-    add_up([p.grad for p in model.parameters() if p.grad is not None])
+def update(model, ema, optimizers, it, factor, o):
+    """One optimizer iteration from the gradients at hand, then of the average -> norm."""
+    all_reduce([p.grad for p in model.parameters() if p.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
-    for optimiser in optimisers:
-        # of this run's options, also when it goes on from a checkpoint
-        rate_now = optimiser.defaults['lr'] * learning_rate_factor(it, o)
-        for group in optimiser.param_groups:
-            group['lr'] = rate_now
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        # this run's rates, also when it continues from a checkpoint
+        for group in optimizer.param_groups:
+            group['lr'] = optimizer.defaults['lr'] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     # a ramp lets the average forget the random start: 0.1, 0.18, ..., o.ema
     decay = min(o.ema, (1 + it) / (10 + it))
     with torch.no_grad():
@@ -428,44 +428,44 @@ def update(model, ema, optimisers, it, o):
 class Log:
     """Progress lines by the clock on the terminal, records by iteration in <out>/log.jsonl."""
 
-    def __init__(self, out, iters, start, tokens):
-        self.iters = iters
+    def __init__(self, out, start, tokens):
         self.start = start
         self.tokens = tokens  # per iteration
         self.began = time.time()
         self.next_line = 5.0  # seconds; then one every ten
         self.file = open_log(out, start)
 
-    def record(self, it, **values):
+    def record(self, it, iters, **values):
         """A line in log.jsonl and on the terminal."""
         seconds = round(time.time() - self.began, 2)
-        self.print_line(it, values)
-        if self.file is None:
-            return
-        line = json.dumps({'iter': it, 'seconds': seconds, **values})
         # on a full disk the next save says so
-        with suppress(OSError):
-            self.file.write(line.encode() + b'\n')
+        if self.file is not None:
+            line = json.dumps({'iter': it, 'seconds': seconds, **values})
+            with suppress(OSError):
+                self.file.write(line.encode() + b'\n')
+        self.print_line(it, iters, values)
 
-    def progress(self, it, loss):
+    def progress(self, it, iters, loss):
         """A line on the terminal if it is due; loss() is a tensor, asked for only then."""
         if time.time() - self.began >= self.next_line:
-            self.print_line(it, {'loss': loss().item()})
+            self.print_line(it, iters, {'loss': loss().item()})
 
-    def print_line(self, it, values):
+    def print_line(self, it, iters, values):
         seconds = time.time() - self.began
         self.next_line = seconds + 10
         done = max(1, it - self.start)
-        left = timedelta(seconds=int(seconds / done * (self.iters - it)))
         speed = done * self.tokens / max(seconds, 1e-9)
+        left = ''
+        if iters is not None:
+            left = f', {timedelta(seconds=int(seconds / done * (iters - it)))} left'
         parts = [f'{name} {x:.4g}' if isinstance(x, float) else f'{name} {x}'
                  for name, x in values.items()]
         text = '  '.join(parts)
-        print(f'{it:6d}/{self.iters}  {text}  {speed:,.0f} tokens/s, {left} left', flush=True)
+        say(f'{it:6d}/{iters or "?"}  {text}  {speed:,.0f} tokens/s{left}')
 
 
 def open_log(out, start):
-    """<out>/log.jsonl, locked against a second run, without records behind iteration `start`."""
+    """<out>/log.jsonl, locked against a second run, without records after iteration `start`."""
     # the first process writes for all
     if int(os.environ.get('RANK', 0)) > 0:
         return None
@@ -476,9 +476,9 @@ def open_log(out, start):
         fail(f'{out}: cannot be written: {why_not(error)}')
     try:
         lock(file)
-    except OSError:
+    except BlockingIOError:
         fail(f'{out}: another run writes there; wait for it, or name another folder by --out')
-    # what a killed run logged behind its last save will come again
+    # records that a killed run wrote after its last save will come again
     file.seek(0)
     kept = 0
     for line in file.readlines():
@@ -491,240 +491,443 @@ def open_log(out, start):
 
 
 def lock(file):
-    """Keep a second run out; OSError if there is one. Windows has no fcntl, nor this lock."""
-    with suppress(ImportError):
+    """Keep a second run out, by a BlockingIOError; some systems, as Windows, have no such lock."""
+    try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        # a file system without locks has another error
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError from error
 
 
-class TauBins:
-    """Sums of losses in eight bins of tau, which show where a model is still learning."""
+class Means:
+    """Means of what was seen since the last record: by name, sums and their counts."""
 
-    def __init__(self, device, kept=None):
-        # sums in float64 are exact, so a resumed run of several processes has the same ones
-        dtype = torch.float32 if device.type == 'mps' else torch.float64
-        kept = torch.zeros(3, 8) if kept is None else kept
-        # rows: sum of losses, their number, largest norm of a gradient
-        self.sums = kept.to(device, dtype)
+    def __init__(self, sums=None, device='cpu'):
+        self.sums = {name: pair.to(device) for name, pair in (sums or {}).items()}
 
-    def add(self, tau, losses):
-        losses = losses.detach().to(self.sums.dtype)
-        both = torch.stack([losses, torch.ones_like(losses)])  # (2, B)
-        self.sums[:2].index_add_(1, (tau * 8).long(), both)
-
-    def add_norm(self, norm):
-        self.sums[2] = self.sums[2].maximum(norm.to(self.sums.dtype))
+    def add(self, seen):
+        for name, pair in seen.items():
+            self.sums[name] = self.sums.get(name, 0) + pair
 
     def collect(self, rank):
-        """Sums over all processes come to the first one; the others start anew."""
-        add_up([self.sums[:2]])
+        """The first process gets the sums over all processes; the others start again."""
+        all_reduce(list(self.sums.values()))
         if rank > 0:
-            self.sums[:2].zero_()
+            self.sums = {name: torch.zeros_like(pair) for name, pair in self.sums.items()}
 
     def loss(self):
-        return self.sums[0].sum() / self.sums[1].sum()
+        return self.sums['loss'][0] / self.sums['loss'][1]
 
     def record(self):
-        """What log.jsonl says of the last iterations."""
-        bins = [round(x, 3) for x in (self.sums[0] / self.sums[1]).tolist()]
-        return {'loss': self.loss().item(), 'norm_max': self.sums[2, 0].item(), 'bins': bins}
+        """For log.jsonl: a number each, or a list."""
+        means = {}
+        for name, (total, count) in self.sums.items():
+            mean = (total / count).tolist()
+            means[name] = [round(x, 3) for x in mean] if total.ndim else mean
+        return means
 
     def check(self, it, out):
         """End the run if any loss or gradient was not finite."""
-        if self.sums.isfinite().all():
-            return
-        bad = (~self.sums[0].isfinite()).nonzero().flatten().tolist()
-        fail(f'loss or gradient not finite by iteration {it}, tau bins {bad} of 8; {out} keeps '
-             'the last save; start anew with lower learning rates')
+        if not all(pair.isfinite().all() for pair in self.sums.values()):
+            fail(f'loss or gradient not finite by iteration {it}; {out} keeps the last save; start '
+                 'again with lower learning rates')
 
 
-# what may differ when a run goes on: how far, where, how it is computed
-FREE = {'data', 'out', 'teacher', 'preset', 'iters', 'eval_every', 'parts', 'resume',
+def sum_and_count(x, kind=None, kinds=1):
+    """What Means needs of values x (n,): (2,), or by their kind (n,), an integer: (2, kinds)."""
+    # sums in float64 are exact enough to be the same in any number of processes
+    dtype = torch.float32 if x.device.type == 'mps' else torch.float64
+    both = torch.stack([x.detach().to(dtype), torch.ones_like(x, dtype=dtype)])
+    if kind is None:
+        return both.sum(1)
+    return both.new_zeros(2, kinds).index_add_(1, kind, both)
+
+
+# options that may differ when a run continues: how far, where, how it is computed
+FREE = {'data', 'out', 'teacher', 'preset', 'iters', 'minutes', 'evals', 'micro_batches', 'resume',
         'overwrite', 'device', 'compile'}
 
+# an option that checkpoints of this format may lack, and the value with which it changes nothing
+NEUTRAL = {}
 
-def first_difference(ckpt, options, meta, parents):
-    """What a checkpoint was made with and a run is not, as a sentence; '' if they agree."""
+
+def difference(a, b, fields):
+    """The first of these fields that differs between two descriptions of data, as a sentence."""
+    what = {
+        'tokenizer': 'another tokenizer',
+        'length': f'rows of {b["length"]} tokens, not {a["length"]}',
+        'kind': f'{b["kind"]}, not {a["kind"]}',
+        'pairs': 'pairs' if b['pairs'] else 'no pairs',
+        'crc': f'other data than {a["name"]}',
+    }
+    for field in fields:
+        if a[field] != b[field]:
+            return what[field]
+    return ''
+
+
+def other_run(ckpt, options, run):
+    """How a checkpoint's run differs from this one, as a sentence; '' if it does not."""
     for name, value in vars(options).items():
-        # 0 where the option is newer than the checkpoint
-        old = ckpt['options'].get(name, 0)
+        old = ckpt['options'].get(name, NEUTRAL.get(name))
         if name not in FREE and old != value:
             return f'{as_flag(name)} was {old}, now {value}'
-    if ckpt['meta']['tokenizer'] != meta['tokenizer']:
-        return 'the data has another tokenizer'
-    if ckpt['meta']['crc'] != meta['crc']:
-        return f'the data is not what it was made from ({ckpt["meta"]["name"]})'
-    for name, parent in parents.items():
-        if ckpt[name]['crc'] != parent['crc']:
+    changed = difference(ckpt['meta'], run.meta, ('tokenizer', 'crc'))
+    if changed:
+        return f'its data are {changed}'
+    for name, parent in run.parents.items():
+        if ckpt['parents'].get(name, {}).get('crc') != parent['crc']:
             return f'it has another {name}'
     return ''
 
 
-def check_out(out, options, meta, **parents):
+def check_out(run, options):
     """
-    Look at what <out> holds before anything is written -> checkpoint to go on from, or None.
-    A finished model is not replaced unless asked to; a run goes on only as what it was, and with
-    the models that it learns from: parents are dicts with their checksum `crc`.
+    Look at what <out> holds before anything is written -> checkpoint to continue from, or None.
+    A finished model is not replaced unless asked to; a run continues only as what it was, and with
+    the models that it learns from.
     """
-    path = Path(out) / 'model.pt'
-    if not options.resume:
-        # os.path.exists is False where Path's own would raise, as of names that are too long
-        if os.path.exists(path) and not options.overwrite:
-            _, ckpt = load(path)
-            # only the run that it was can go on
-            same = not first_difference(ckpt, options, meta, parents)
-            resume = '--resume goes on with it, ' if same else ''
-            fail(f'{path} holds a model of {ckpt["iter"]} iterations; {resume}'
-                 '--overwrite replaces it, --out writes elsewhere')
+    path = run.out / 'model.pt'
+    # os.path.exists is False where Path's own would raise, such as for names that are too long
+    there = os.path.exists(path)
+    if not options.resume and (options.overwrite or not there):
         return None
+    if not there:
+        fail(f'--resume: nothing was saved in {run.out} yet; leave out --resume')
     _, ckpt = load(path)
-    difference = first_difference(ckpt, options, meta, parents)
-    if difference:
-        fail(f'--resume: {path} is of another run: {difference}; give what it had, or start anew '
+    if 'optimizers' not in ckpt:
+        reason = 'it holds only weights'
+    else:
+        reason = other_run(ckpt, options, run)
+    if not options.resume:
+        # only the run that it was can continue
+        resume = '' if reason else '--resume continues it, '
+        fail(f'{path} holds a model of {ckpt["iter"]} iterations; {resume}'
+             '--overwrite replaces it, --out writes elsewhere')
+    if reason:
+        fail(f'--resume: {path} is of another run: {reason}; give what it had, or start again '
              'with --overwrite in place of --resume')
-    if ckpt['iter'] >= options.iters:
+    iters = options.iters or ckpt['iters']
+    if iters and ckpt['iter'] >= iters:
         fail(f'--resume: {path} has {ckpt["iter"]} iterations already; ask for more by --iters, '
              'and the rates will be those of the longer run')
     return ckpt
 
 
-def restore(ckpt, modules, optimisers):
-    """Load a checkpoint into all that trains: modules by name, optimisers in order."""
+def restore(ckpt, modules, optimizers):
+    """Load a checkpoint into all that trains: modules by name, optimizers in order."""
     try:
         for name, module in modules.items():
             module.load_state_dict(ckpt[name])
-        for optimiser, state in zip(optimisers, ckpt['optimisers'], strict=True):
-            optimiser.load_state_dict(state)
+        for optimizer, state in zip(optimizers, ckpt['optimizers'], strict=True):
+            optimizer.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError):
-        fail('--resume: the checkpoint is of another shape; start anew with --overwrite '
+        fail('--resume: the checkpoint is of another shape; start again with --overwrite '
              'in place of --resume')
+
+
+# -----------------------------------------------------------------------------
+# The training loop
+
+@dataclass
+class Run:
+    """Where a run computes, what it reads and where it writes; all checked before it begins."""
+    rank: int
+    world: int
+    device: torch.device
+    data: Path
+    meta: dict              # of the data
+    train: np.ndarray       # ids
+    val: np.ndarray
+    out: Path
+    micro_batches: int      # of all processes together
+    parents: dict           # {name: path and crc} of the models that it learns from
+    ckpt: dict = None       # to continue from
+
+
+class Objective:
+    """
+    What a run minimizes, and all that `train` knows of a method: a teacher's loss below, those of
+    distill.py. `optimizers` are stepped by train; `own_optimizers`, if any, by the objective.
+    """
+    own_optimizers = ()
+
+    def modules(self):
+        """What is saved beside the model and its average, by name."""
+        return {}
+
+    def times(self, n, cpu):
+        """What is drawn for each of a batch's n rows beside tokens and noise: tensors (n, ...)."""
+        return []
+
+    def __call__(self, tokens, given, times, rng):
+        """Loss, a mean over these rows (B, L), and what to log of it: {name: see sum_and_count}."""
+        raise NotImplementedError
+
+    def resume(self, start, run, o):
+        """Called once, before iteration `start`: restore what is in no checkpoint."""
+
+    def before(self, it, iters, ema, batch):
+        """Called before each iteration; iters is None while it is not known."""
+
+    def iters_in(self, seconds, per_iter):
+        """How many more iterations so many seconds hold, at the speed of the first ones."""
+        return int(seconds / per_iter)
+
+    def measure(self, ema, run, it, iters, log):
+        """Called a few times per run: measure the averaged weights, and log it."""
+
+
+class TeacherLoss(Objective):
+    """A model's own loss, on data."""
+
+    def __init__(self, model, o):
+        self.model = model
+        self.optimizers = make_optimizers(model, o)
+
+    def times(self, n, cpu):
+        return [stratified(torch.rand(1, generator=cpu), n)]
+
+    def __call__(self, tokens, given, times, rng):
+        tau = times[0].to(tokens.device)
+        losses = self.model.loss(tokens, given, tau, rng)
+        # losses in eight bins of tau show where the model is still learning
+        bins = sum_and_count(losses, (tau * 8).long(), 8)
+        return losses.mean(), {'bins': bins}
+
+    def before(self, it, iters, ema, batch):
+        """Let tau follow what was learned, in the first half of a run."""
+        config = self.model.config
+        if config.model != 'flm' or config.reparam not in ('root', 'loss'):
+            return
+        if it % 100 == 0 and it > 0 and (iters is None or 2 * it <= iters):
+            tokens, given, _ = batch
+            with autocast(tokens.device):
+                taus = self.model.refit_reparam(tokens[:16], given[:16], seed=it)
+            ema.taus.copy_(taus)
+
+    def measure(self, ema, run, it, iters, log):
+        log.record(it, iters, val=validate(ema, run.val, run.meta, run.device))
 
 
 @torch.no_grad()
 def validate(model, ids, meta, device, batches=4):
-    """Mean loss on fixed validation rows and noise at fixed tau: two runs see the same ones."""
+    """Mean loss on fixed validation rows and noise at fixed tau: the same ones in every run."""
     losses = []
     for i in range(batches):
-        batch = get_batch(ids, meta, 64, 0.0, generator('cpu', 1234, i, 0), device)
+        cpu = generator('cpu', 1234, i, 0)
+        tokens, given = get_batch(ids, meta, 64, 0.0, cpu, device)
+        tau = stratified(torch.rand(1, generator=cpu), 64).to(device)
         with autocast(device):
-            losses.append(model.loss(*batch, generator(device, 1234, i, 1)))
+            losses.append(model.loss(tokens, given, tau, generator(device, 1234, i, 1)))
     return torch.cat(losses).mean().item()
+
+
+def batch_of(it, objective, run, o):
+    """What iteration `it` learns from: tokens and given (B, L), and times for each row."""
+    cpu = generator('cpu', o.seed, it, 0)
+    tokens, given = get_batch(run.train, run.meta, o.batch, o.given, cpu, run.device)
+    return tokens, given, objective.times(o.batch, cpu)
+
+
+def micro_batches(it, batch, run, o):
+    """
+    This process's parts of a batch: tokens, given, times, and the generator of their noise. Part i
+    of n has rows i, i + n, i + 2n, ..., so that all times and kinds of rows are in each; one process
+    with n parts trains as n processes do.
+    """
+    tokens, given, times = batch
+    for part in range(run.rank, run.micro_batches, run.world):
+        rng = generator(run.device, o.seed, it, 1 + part)
+        # dropout draws from the global generator
+        torch.manual_seed(rng.initial_seed())
+        rows = slice(part, None, run.micro_batches)
+        yield tokens[rows], given[rows], [x[rows] for x in times], rng
+
+
+def backward(objective, trained, it, batch, run, o, means):
+    """Loss and gradients of this process's parts of a batch."""
+    for *part, rng in micro_batches(it, batch, run, o):
+        with autocast(run.device):
+            loss, seen = objective(*part, rng)
+        # only into what `train` updates: an objective may hold other networks
+        (loss / run.micro_batches).backward(inputs=trained)
+        means.add({'loss': sum_and_count(loss[None]), **seen})
+
+
+class Clock:
+    """Turns --minutes into a number of iterations, by the speed of the first ones."""
+
+    def __init__(self, minutes, start, device):
+        self.seconds = 60 * (minutes or 0)
+        self.start = start
+        self.device = device
+        self.began = time.perf_counter()
+        self.warm = None  # when the first iterations, which may compile, were over
+
+    def iters(self, it, objective):
+        """The number of iterations of this run, of which `it` are done; None until it is known."""
+        if self.device.type != 'cpu':
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        done = it - self.start
+        if done == 5:
+            self.warm = now
+        per_iter = None
+        if done == 25:
+            per_iter = (now - self.warm) / 20
+        elif done > 0 and now - self.began > 0.2 * self.seconds:
+            # so slow that not even the first ones fit
+            per_iter = (now - self.began) / done
+        iters = 0
+        if per_iter is not None:
+            # measurements and saves take some of the time, too
+            left = 0.95 * self.seconds - (now - self.began)
+            iters = it + max(1, objective.iters_in(left, per_iter))
+        # the first process decides for all
+        agreed = torch.tensor(iters if int(os.environ.get('RANK', 0)) == 0 else 0)
+        all_reduce([agreed])
+        return agreed.item() or None
+
+
+def train(run, model, objective, o):
+    """Minimize an objective from where the run stands -> whether it reached its end."""
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    modules = {'model': model, 'ema': ema, **objective.modules()}
+    optimizers = [*objective.optimizers, *objective.own_optimizers]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = 0
+    iters = o.iters
+    means = Means()
+    if run.ckpt is not None:
+        restore(run.ckpt, modules, optimizers)
+        start = run.ckpt['iter']
+        iters = o.iters or run.ckpt['iters']
+        means = Means(run.ckpt['means'] if run.rank == 0 else None, run.device)
+    objective.resume(start, run, o)
+    log = Log(run.out, start, o.batch * run.meta['length'])
+    stopper = Stopper()
+    clock = Clock(o.minutes, start, run.device)
+
+    for it in itertools.count(start):
+        # --minutes: known only after the first iterations, and fixed then
+        iters = iters or clock.iters(it, objective)
+        stop = it == iters or stopper.asked()
+        due = iters is not None and it % math.ceil(iters / o.evals) == 0 and it > start
+        log_due = it % 100 == 0 and it > start
+
+        # log
+        if log_due or due or stop:
+            means.collect(run.rank)
+            means.check(it, run.out)
+        if log_due:
+            log.record(it, iters, **means.record())
+            means = Means()
+
+        # save, and only then measure
+        if (due or stop) and run.rank == 0:
+            save(run.out / 'model.pt', modules, iter=it, iters=iters, means=means.sums,
+                 optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                 meta=run.meta, data=str(run.data), options=vars(o), parents=run.parents)
+        if due or it == iters:
+            objective.measure(ema, run, it, iters, log)
+        if stop:
+            return it == iters
+
+        # batch, forward and backward, step
+        batch = batch_of(it, objective, run, o)
+        objective.before(it, iters, ema, batch)
+        backward(objective, trained, it, batch, run, o, means)
+        factor = learning_rate_factor(it, iters, o)
+        norm = update(model, ema, objective.optimizers, it, factor, o)
+        means.add({'norm': sum_and_count(norm[None])})
+        log.progress(it + 1, iters, means.loss)
 
 
 # -----------------------------------------------------------------------------
 # The script
 
-def backward(model, batch, it, o, rank, world, bins):
-    """Loss and gradients of this process's parts of a batch, each with noise of its own."""
-    device = batch[0].device
-    for rows, rng in parts_of(o, it, rank, world, device):
-        tokens, given, tau = [x[rows] for x in batch]
-        with autocast(device):
-            losses = model.loss(tokens, given, tau, rng)
-        (losses.sum() / o.batch).backward()
-        bins.add(tau, losses)
+def choose_micro_batches(o, world):
+    """How many parts a batch is computed in, of all processes together."""
+    parts = o.micro_batches or world
+    if parts % world:
+        fail(f'--micro-batches {parts}: must be a multiple of the number of processes ({world})')
+    if o.batch % parts:
+        fail(f'--batch {o.batch}: must be a multiple of --micro-batches ({parts}), of which each '
+             'process has at least one')
+    return parts
 
 
 def compile_on_gpu(o, device, models):
-    """torch.compile of the networks of models, in place; None stands for one that a run lacks."""
+    """torch.compile of the networks of models, in place."""
     for model in models:
-        if o.compile and device.type == 'cuda' and model is not None:
-            compile_net(model.net)
+        if o.compile and device.type == 'cuda':
+            model.net.compile()
 
 
-def set_up(o, meta, out, device):
-    """Model, average, optimisers, first iteration and kept sums, from a checkpoint or fresh."""
-    ckpt = check_out(out, o, meta)
-    torch.manual_seed(o.seed)
-    names = {field.name for field in fields(Config)}
-    shape = {name: value for name, value in vars(o).items() if name in names}
-    model = build(Config(vocab=meta['vocab'], length=meta['length'], **shape)).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimisers = make_optimisers(model, o)
-    if ckpt is None:
-        return model, ema, optimisers, 0, None
-    restore(ckpt, {'model': model, 'ema': ema}, optimisers)
-    return model, ema, optimisers, ckpt['iter'], ckpt['bins']
+def first_line(machine, what, run, o):
+    """What a run is, before it begins."""
+    amount = f'{o.iters:,} iterations' if o.iters else f'{o.minutes:g} minutes'
+    say(f'{machine} preset: {what}, {amount} of {o.batch} rows, {run.world} x {run.device}; '
+        f'data {run.data} -> {run.out}')
 
 
-def to_sample(out, meta, val):
-    """The words of a command that writes with a model: one of pairs needs a source."""
+def last_lines(run, complete, command):
+    """Where a run's files are, and what to run next."""
+    say(f'wrote {run.out}/model.pt and {run.out}/log.jsonl')
+    if complete:
+        say(f'next: {as_command(command)}')
+    else:
+        say('stopped; the same command with --resume continues')
+
+
+def sample_command(out, meta, val):
+    """The words of a command that samples from a model: one of pairs needs a source."""
     words = ['python', 'sample.py', str(out)]
     if meta['pairs']:
         rows = as_rows(val[:100 * meta['length']], meta['length'])
-        # a command line holds no line breaks, and may begin with a dash only behind a =
+        # a command line holds no line breaks, and may begin with a dash only after a =
         sources = [source for source, _ in to_texts(rows, meta) if source.isprintable()]
         words += [f'--source={source}' for source in sources[:1]]
     return words
 
 
-def advice(o, out, it, meta, val):
-    """What to run next, for a shell."""
-    if it < o.iters:
-        return f'stopped at iteration {it}; the same command with --resume goes on'
-    if o.model in ('flm', 'diffuseq'):
-        words = ['python', 'distill.py', str(out)]
-    else:
-        words = to_sample(out, meta, val)
-    return 'next: ' + as_command(words)
-
-
 def main(o):
-    rank, world, device = start_processes(o)
-    check_model(o)
-    apply_preset(o, device, PRESETS, o.model)
-    check_options(o)
-    set_parts(o, world)
+    rank, world, device = start_processes(o.device)
     data = Path(o.data) if o.data else newest_dataset()
-    meta, train, val = load_dataset(data)
-    o.data = str(data)
+    meta, train_ids, val_ids = load_dataset(data)
+
+    # settings
+    refuse_unused(o, ONLY_FOR, o.model, f'--model {o.model}')
+    machine = o.preset or default_machine(device)
+    fill_in(o, preset(machine, o.model, kind_of_data(meta)))
+    if o.width % (2 * o.heads):
+        fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
+
+    # where it writes, and what is there
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
     out = Path(o.out or f'out/{name}/teacher')
-    model, ema, optimisers, start, kept = set_up(o, meta, out, device)
-    bins = TauBins(device, kept if rank == 0 else None)
+    run = Run(rank, world, device, data, meta, train_ids, val_ids, out,
+              choose_micro_batches(o, world), parents={})
+    run.ckpt = check_out(run, o)
+
+    # the model
+    torch.manual_seed(o.seed)
+    names = {field.name for field in fields(Config)}
+    shape = {name: value for name, value in vars(o).items() if name in names}
+    model = build(Config(vocab=meta['vocab'], length=meta['length'], **shape)).to(device)
     compile_on_gpu(o, device, [model])
-    log = Log(out, o.iters, start, o.batch * meta['length'])
-    stopper = Stopper()
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{o.preset} preset: {o.model} of {size:.2f}M parameters, {o.iters:,} iterations of '
-          f'{o.batch} rows, {world} x {device}; {len(train):,} tokens in {data} -> {out}')
-
-    batch = None
-    for it in range(start, o.iters + 1):
-        stop = it == o.iters or stopper.asked()
-        due = it % o.eval_every == 0 and it > start
-        log_due = it % 100 == 0 and it > start
-
-        # log, and let the time axis follow what was learnt
-        if log_due or due or stop:
-            bins.collect(rank)
-            bins.check(it, out)
-        if log_due:
-            log.record(it, **bins.record())
-            if o.model == 'flm' and o.axis in MEASURED_AXES and 2 * it <= o.iters:
-                with autocast(device):
-                    tokens, given, _ = batch
-                    ema.taus.copy_(model.refit_axis(tokens[:16], given[:16], seed=it))
-            bins.sums.zero_()
-
-        # save, and only then measure
-        if (due or stop) and rank == 0:
-            save(out / 'model.pt', model, ema, optimisers, iter=it, bins=bins.sums, meta=meta,
-                 options=vars(o))
-        if due or it == o.iters:
-            log.record(it, val=validate(ema, val, meta, device))
-        if stop:
-            break
-
-        # batch, forward and backward, step
-        cpu = generator('cpu', o.seed, it, 0)
-        batch = get_batch(train, meta, o.batch, o.given, cpu, device)
-        backward(model, batch, it, o, rank, world, bins)
-        bins.add_norm(update(model, ema, optimisers, it, o))
-        log.progress(it + 1, bins.loss)
-
-    print(f'wrote {out}/model.pt and {out}/log.jsonl')
-    print(advice(o, out, it, meta, val))
+    first_line(machine, f'{o.model} of {size:.2f}M parameters', run, o)
+    complete = train(run, model, TeacherLoss(model, o), o)
+    if o.model in ('flm', 'diffuseq'):
+        last_lines(run, complete, ['python', 'distill.py', str(out)])
+    else:
+        last_lines(run, complete, sample_command(out, meta, val_ids))
 
 
 if __name__ == '__main__':

@@ -39,42 +39,46 @@ from model import (EMBEDDING_NOISE, autocast, build, checkpoint_path, draw, gene
                    write_rows)
 from train_teacher import (Objective, Run, add_training_options, all_reduce, batch_of, check_out,
                            choose_micro_batches, compile_on_gpu, default_machine, difference,
-                           fill_in, first_line, get_batch, last_lines,
+                           fill_in, first_line, get_batch, kind_of_data, last_lines,
                            make_optimizers, micro_batches, preset_adder, refuse_unused,
                            sample_command, start_processes, stratified, sum_and_count, train)
 
 # -----------------------------------------------------------------------------
 # Options
 
-# what both presets have
-COMMON = dict(
-    substep=0.1, rollout=16, top_k=32, loss='sid', alpha=1.0, fake_updates=1, adversarial=0.0,
-    candidates=3, muon_lr=0.01, clip=1.0, evals=2)
-
 # ours, for minutes on a CPU: cached trajectories of the teacher, quantized noise, more rows at
 # (0, 1), higher rates
 LAPTOP = dict(
-    **COMMON,
-    method='rollout', reuse=5, noise_levels=6, diagonal=0.125, boundary=0.85, given=0.15,
-    dropout=0.0, shared_noise=True, minutes=4, iters=None, batch=64, optimizer='muon', lr=2e-3,
-    beta2=0.99, warmup=50, decay=0.6, ema=0.999)
+    method='rollout', rollout=16, reuse=5, top_k=32, noise_levels=6, substep=0.1, diagonal=0.125,
+    boundary=0.85, loss='sid', alpha=1.0, fake_updates=1, adversarial=0.0, shared_noise=True,
+    candidates=3, given=0.15, dropout=0.0, minutes=12, iters=None, batch=64, optimizer='muon',
+    lr=2e-3, muon_lr=0.01, beta2=0.99, clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
+
+GPU = {**LAPTOP, 'batch': 512, 'minutes': 10, 'evals': 4}
 
 # FMLM, arXiv:2602.16813
-PAPER = dict(
-    **COMMON,
-    method='semigroup', reuse=0, noise_levels=0, diagonal=0.5, boundary=1 / 32, given=0.0,
-    dropout=0.1, shared_noise=False, minutes=None, iters=100_000, batch=512, optimizer='adamw',
-    lr=3e-4, beta2=0.95, warmup=2500, decay=0.0, ema=0.9999)
+PAPER = {
+    **LAPTOP, 'method': 'semigroup', 'reuse': 0, 'noise_levels': 0, 'diagonal': 0.5,
+    'boundary': 1 / 32, 'given': 0.0, 'dropout': 0.1, 'shared_noise': False, 'minutes': None,
+    'iters': 100_000, 'batch': 512, 'optimizer': 'adamw', 'lr': 3e-4, 'beta2': 0.95,
+    'warmup': 2500, 'decay': 0.0, 'ema': 0.9999, 'evals': 20}
 
-# what differs for the student of a diffusion or of masked diffusion
-LAPTOP_FOR = {
+PRESETS = {'laptop': LAPTOP, 'gpu': GPU, 'paper': PAPER}
+
+# what differs from LAPTOP and GPU, by the kind of data and of student; the latter overrides
+BY_DATA = {
+    'text': {},
+    'pairs': dict(minutes=8),
+    'stories': dict(minutes=4),
+}
+BY_METHOD = {
     'flow map': {},
     # Adam, whatever `optimizer` and `beta2` say, see adam
     'score': dict(lr=3e-4),
     'refine': {},
     'masked': dict(given=0.0, rounds=4, final_calls=4),
 }
-PAPER_FOR = {
+PAPER_BY_METHOD = {
     'flow map': {},
     # SiD, arXiv:2404.04057, with a teacher of DiffuSeq's; DLM-One's iterations are not known
     'score': dict(dropout=0.0, iters=50_000, lr=1e-5, clip=0.0, warmup=0),
@@ -85,11 +89,11 @@ PAPER_FOR = {
 }
 
 
-def preset(machine, method):
-    """The settings for a machine (laptop, paper) and a kind of student."""
+def preset(machine, method, data):
+    """The settings for a machine (laptop, gpu, paper), a kind of student and a kind of data."""
     if machine == 'paper':
-        return {**PAPER, **PAPER_FOR[method]}
-    return {**LAPTOP, **LAPTOP_FOR[method]}
+        return {**PAPER, **PAPER_BY_METHOD[method]}
+    return {**PRESETS[machine], **BY_DATA[data], **BY_METHOD[method]}
 
 
 # the kinds of student that an option is for, where it is not for all
@@ -120,8 +124,7 @@ ONLY_FOR = {
 def parse(argv=None):
     """The options of a command line; what is not given is None, see fill_in."""
     parser = Parser(description=__doc__)
-    add = preset_adder(parser, laptop={**LAPTOP_FOR['masked'], **LAPTOP},
-                       paper={**PAPER_FOR['masked'], **PAPER})
+    add = preset_adder(parser, **PRESETS)
     # what and where
     add('teacher', nargs='?', default='',
         help='folder or .pt file of the teacher; default: the newest in out/')
@@ -166,6 +169,7 @@ def parse(argv=None):
 
 class Distillation(Objective):
     """The objective of a student: measured by the texts that it writes in few calls."""
+    logits = True   # whether its targets are (B, L, V)
 
     def measure(self, ema, run, it, iters, log):
         cpu = torch.device('cpu')
@@ -490,6 +494,7 @@ class FakeScore(torch.nn.Module):
 
 class ScoreDistillation(Distillation):
     """The loss of a diffusion's student: SiD or DMD; with --adversarial also SiDA's."""
+    logits = False
 
     def __init__(self, student, teacher, reference, o):
         self.student = student
@@ -758,7 +763,8 @@ def build_student(source, config):
     # diffusion teacher and student share nothing but tokens
     for name, p in student.named_parameters():
         p.requires_grad_(config.model == 'mdlm' or name not in ('net.embed', 'bias'))
-    return student.to(next(source.parameters()).device)
+    student = student.to(next(source.parameters()).device)
+    return student.freeze_noise() if config.model == 'flm' else student
 
 
 def default_out(path, meta, reference):
@@ -771,14 +777,6 @@ def default_out(path, meta, reference):
     if folder.name == 'teacher':
         return folder.with_name(name)
     return folder.with_name(f'{folder.name}-{name}')
-
-
-def more_micro_batches(parts, rows, meta, device):
-    """So many parts, or more, that the targets (rows, L, V) of each fit into 256 MB, or 2 GB."""
-    most = 2 ** 29 if device.type == 'cuda' else 2 ** 26
-    while rows / parts * meta['length'] * meta['vocab'] > most and rows % (2 * parts) == 0:
-        parts *= 2
-    return parts
 
 
 def main(o):
@@ -794,10 +792,8 @@ def main(o):
     # settings
     refuse_unused(o, ONLY_FOR, method, 'this student')
     machine = o.preset or default_machine(device)
-    fill_in(o, preset(machine, method))
-    parts = choose_micro_batches(o, world)
-    if not o.micro_batches and method != 'score':
-        parts = more_micro_batches(parts, o.batch, meta, device)
+    fill_in(o, preset(machine, method, kind_of_data(meta)))
+    parts = choose_micro_batches(o, world, meta, device, logits=METHODS[method].logits)
 
     # where it writes, and what is there
     parents = {'teacher': {'path': str(path), 'crc': zlib.crc32(path.read_bytes())}}

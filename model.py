@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from prepare_data import fail, write_whole
 
@@ -58,6 +59,7 @@ class Config:
     channels: int = 128          # C, columns of the embedding table E (V x C)
     model: str = 'flm'           # flm | diffuseq | mdlm | ar
     calls: int = 0               # network calls it was distilled for; 0: a teacher or a baseline
+    network: str = 'ours'        # ours | paper: FLM's own, with channels = width
     cond: int = 128              # width of the time conditioning
     dropout: float = 0.0         # after attention and after the MLP
     gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
@@ -102,8 +104,27 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
 
 
+def capped_attention(q, k, v):
+    """FLM's attention, (B, heads, L, size) each: its logits are softly capped at 50."""
+    if q.device.type == 'cuda' and torch.compiler.is_compiling():
+        # fused, so that no (L, L) is stored; only compiled does it pay
+        return flex_attention(q, k, v, score_mod=cap_score)
+    # in bf16 logits of 20 would be off by 0.06
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.float() @ k.float().mT * q.shape[-1] ** -0.5
+        p = cap_score(logits).softmax(-1)
+    return p.to(v.dtype) @ v
+
+
+def cap_score(score, *place):
+    return 50 * torch.tanh(score / 50)
+
+
 class Block(nn.Module):
-    """Attention and MLP, both shifted, scaled and gated by the time (adaLN, arXiv:2212.09748)."""
+    """
+    Attention and MLP, both shifted, scaled and gated by the time (adaLN, arXiv:2212.09748). FLM's
+    own (config.network: paper) has weights in its layer norms, capped attention and a tanh GELU.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -111,6 +132,10 @@ class Block(nn.Module):
         self.heads = config.heads
         self.causal = config.model == 'ar'
         self.dropout = config.dropout
+        self.paper = config.network == 'paper'
+        if self.paper:
+            self.norm1 = nn.Parameter(torch.ones(D))
+            self.norm2 = nn.Parameter(torch.ones(D))
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.up = nn.Linear(D, 4 * D)
@@ -121,10 +146,12 @@ class Block(nn.Module):
         B, L, D = x.shape
         size = D // self.heads
         qkv = self.qkv(x).view(B, L, 3, self.heads, size)
-        # ours: unit queries and keys bound the attention logits (QK-norm, arXiv:2302.05442), which
-        # allows higher learning rates; FLM caps the logits at 50
         qk = qkv[:, :, :2]
-        qk = rotate(qk / (qk.norm(dim=-1, keepdim=True) + 1e-6), cos, sin)
+        if not self.paper:
+            # ours: unit queries and keys bound the attention logits (QK-norm, arXiv:2302.05442),
+            # which allows higher learning rates than FLM's cap does
+            qk = qk / (qk.norm(dim=-1, keepdim=True) + 1e-6)
+        qk = rotate(qk, cos, sin)
         q, k = qk.permute(2, 0, 3, 1, 4)  # (B, heads, L, size) each
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
@@ -134,15 +161,22 @@ class Block(nn.Module):
             cache[1, :, :, at:at + 1] = v
             k = cache[0, :, :, :at + 1]
             v = cache[1, :, :, :at + 1]
-        causal = self.causal and cache is None
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=size ** 0.5)
+        if self.paper:
+            y = capped_attention(q, k, v)
+        else:
+            causal = self.causal and cache is None
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=size ** 0.5)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
     def forward(self, x, modulation, cos, sin, cache=None, at=0):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1, D) each
+        if self.paper:
+            scale1 = self.norm1 * scale1
+            scale2 = self.norm2 * scale2
         y = self.attention(modulate(x, shift1, scale1), cos, sin, cache, at)
         x = torch.addcmul(x, gate1, F.dropout(y, self.dropout, self.training))
-        y = self.down(F.gelu(self.up(modulate(x, shift2, scale2))))
+        gelu = 'tanh' if self.paper else 'none'
+        y = self.down(F.gelu(self.up(modulate(x, shift2, scale2)), approximate=gelu))
         return torch.addcmul(x, gate2, F.dropout(y, self.dropout, self.training))
 
 
@@ -161,13 +195,17 @@ class Denoiser(nn.Module):
             # ours: with few channels the embeddings are so close that a linear layer can barely
             # separate them
             self.into = nn.Sequential(nn.Linear(C, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
-        # ours: learned positions beside the rotary ones, which FLM has alone
-        self.position = nn.Parameter(torch.empty(config.length, D))
-        # ours: marks positions whose token is given; entry 0 is for all others. With few channels E
-        # cannot separate the tokens of a source well, so each token gets an entry of its own,
-        # unless a hidden layer separates them
-        entries = V if C < D and not config.hidden_input else 1
-        self.known = nn.Embedding(1 + entries, D)
+        self.paper = config.network == 'paper'
+        if self.paper:
+            self.norm = nn.Parameter(torch.ones(D))
+        else:
+            # ours: learned positions beside the rotary ones, which FLM has alone
+            self.position = nn.Parameter(torch.empty(config.length, D))
+            # ours: marks positions whose token is given; entry 0 is for all others. With few
+            # channels E cannot separate the tokens of a source well, so each token gets an entry of
+            # its own, unless a hidden layer separates them
+            entries = V if C < D and not config.hidden_input else 1
+            self.known = nn.Embedding(1 + entries, D)
         self.time = self.time_network(config.cond)
         self.time_to = self.time_network(config.cond) if config.flow_map else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
@@ -182,7 +220,8 @@ class Denoiser(nn.Module):
         self.register_buffer('sin', angle.sin(), persistent=False)
         # ours: times are scaled by 1000, as is usual in diffusion, so that neighboring times get
         # different features; FLM feeds tau itself
-        frequencies = 1000 * 10000 ** (-torch.arange(128) / 128)
+        scale = 1 if self.paper else 1000
+        frequencies = scale * 10000 ** (-torch.arange(128) / 128)
         self.register_buffer('frequencies', frequencies, persistent=False)
         self.initialize(config.gate)
 
@@ -191,14 +230,19 @@ class Denoiser(nn.Module):
         return nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
 
     def initialize(self, gate):
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)
-            else:
-                nn.init.zeros_(p)
-        # unit scale, like the noise they are added to; the usual 0.02 would be drowned out early
-        nn.init.normal_(self.position)
-        nn.init.normal_(self.known.weight)
+        if self.paper:
+            # linear layers stay as torch makes them
+            bound = self.head.in_features ** -0.5
+            nn.init.uniform_(self.embed, -bound, bound)
+        else:
+            for p in self.parameters():
+                if p.ndim == 2:
+                    nn.init.normal_(p, std=p.shape[1] ** -0.5)
+                else:
+                    nn.init.zeros_(p)
+            # unit scale, like the noise they are added to; the usual 0.02 would be drowned out
+            nn.init.normal_(self.position)
+            nn.init.normal_(self.known.weight)
         # at first the time has no effect: shifts are 0, scales 1, gates constant
         nn.init.zeros_(self.modulation.weight)
         one_block = torch.tensor([0, 1, gate, 0, 1, gate])
@@ -207,9 +251,11 @@ class Denoiser(nn.Module):
             self.modulation.bias.copy_(chunks.repeat_interleave(self.head.in_features))
         # all tokens are equally likely
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         # a new flow map predicts what its teacher does, whatever time it jumps to
         if self.time_to is not None:
             nn.init.zeros_(self.time_to[2].weight)
+            nn.init.zeros_(self.time_to[2].bias)
 
     def forward(self, h, seen, tau, tau_to=None, target=None, weights=None, cache=None, at=0):
         """
@@ -222,8 +268,10 @@ class Denoiser(nn.Module):
         here = slice(at, at + h.shape[1])
         cos = self.cos[here, None, None]  # (L, 1, 1, half): alike for queries, keys and heads
         sin = self.sin[here, None, None]
-        known = self.known((seen + 1).clamp(max=self.known.num_embeddings - 1))
-        x = self.into(h) + self.position[here] + known  # (B, L, D)
+        x = self.into(h)  # (B, L, D)
+        if not self.paper:
+            known = self.known((seen + 1).clamp(max=self.known.num_embeddings - 1))
+            x = x + self.position[here] + known
 
         # one vector for each shift, scale and gate, from the time, or from both times
         cond = self.time(sinusoid(tau, self.frequencies))
@@ -234,7 +282,10 @@ class Denoiser(nn.Module):
         for i, block in enumerate(self.blocks):
             block_cache = None if cache is None else cache[i]
             x = block(x, chunks[6 * i:6 * i + 6], cos, sin, block_cache, at)
-        y = modulate(x, *chunks[-2:])
+        shift, scale = chunks[-2:]
+        if self.paper:
+            scale = self.norm * scale
+        y = modulate(x, shift, scale)
 
         if target is None:
             return capped_logits(y, self.head.weight, self.head.bias, self.cap)
@@ -310,6 +361,37 @@ def semigroup_weight(s, u, t):
     return torch.where((1 - u < 1e-6) & (u > s), 1, g)
 
 
+def gram(E):
+    """E^T E of a table (V, C): (C, C), accurate to about 1e-5."""
+    if not has_bf16(E.device):
+        return E.T @ E
+    # on tensor cores: E is the sum of two bf16 numbers, of which the product of the small parts
+    # does not matter
+    high = E.bfloat16()
+    low = (E - high).bfloat16()
+    cross = torch.mm(high.T, low, out_dtype=torch.float32)
+    return torch.mm(high.T, high, out_dtype=torch.float32) + cross + cross.T
+
+
+class NoiseTimesTable(torch.autograd.Function):
+    """
+    z R (B, L, C) for a table E (V, C), its factor R (C, C) and z (B, L, C): noise eps E, without
+    eps. Nor does the gradient of E need eps: given z, its mean is z Q^T with Q = E R^-1, and
+    dE = eps^T g is linear in it, so dE = E R^-1 z^T g on average, with less variance.
+    """
+
+    @staticmethod
+    def forward(ctx, E, factor, z):
+        ctx.save_for_backward(E, factor, z)
+        return z @ factor
+
+    @staticmethod
+    def backward(ctx, grad):
+        E, factor, z = ctx.saved_tensors
+        inner = z.flatten(0, 1).T @ grad.flatten(0, 1).float()  # (C, C)
+        return E @ torch.linalg.solve_triangular(factor, inner, upper=True), None, None
+
+
 # -----------------------------------------------------------------------------
 # The models
 
@@ -356,6 +438,7 @@ class OneHotFlow(Model):
         self.register_buffer('taus', taus.float())
         levels = quantization_levels(config.noise_levels)
         self.register_buffer('levels', levels, persistent=False)
+        self.register_buffer('factor', None, persistent=False)  # see freeze_noise
 
     @torch.no_grad()
     def refit_reparam(self, tokens, given, seed):
@@ -430,38 +513,48 @@ class OneHotFlow(Model):
         """The t of each token of rows at tau, (B,) or (1,): (B, L, 1), for use with (B, L, C)."""
         return self.t_of(self.token_tau(tau, given))[..., None]
 
-    def noise_factor(self, positions):
+    @torch.no_grad()
+    def noise_factor(self):
         """
-        R (k, C) with R^T R = E^T E: z R is distributed as eps E for z ~ N(0, I_k) at each position.
-        R is a Cholesky factor (k = C), for a product of V C^2, or E itself (k = V), whichever costs
-        less; quantized noise has C numbers, if C < V. Gradients reach E through both.
+        R (C, C) with R^T R = E^T E, by Cholesky: z R is distributed as eps E for z ~ N(0, I_C).
+        With fewer tokens than channels it is E itself, and z has V numbers.
         """
         E = self.net.embed
         V, C = E.shape
-        if V <= C or (positions <= C and len(self.levels) == 0):
+        if self.factor is not None:
+            return self.factor
+        if V <= C:
             return E
         # in bf16 the product would not be positive definite
         with torch.autocast(E.device.type, enabled=False):
-            gram = E.T @ E  # (C, C)
-            jitter = 1e-6 * gram.diagonal().mean()
-            factor, failed = torch.linalg.cholesky_ex(gram + jitter * torch.eye(C, device=E.device))
+            squares = gram(E)
+            jitter = 1e-6 * squares.diagonal().mean()
+            squares = squares + jitter * torch.eye(C, device=E.device)
+            lower, failed = torch.linalg.cholesky_ex(squares)
         # cholesky_ex does not wait for a GPU: a failure shows as a loss that is not finite
-        return torch.where(failed == 0, factor.T, math.nan)
+        return torch.where(failed == 0, lower.T, math.nan)
 
-    def noise(self, B, L, rng=None, factor=None):
+    def freeze_noise(self):
+        """Compute the factor once, for a model whose E does not change any more. Returns it."""
+        self.factor = self.noise_factor()
+        return self
+
+    def noise(self, B, L, rng=None):
         """
         eps E for eps ~ N(0, I) in R^(B x L x V), without eps: (B, L, C). Quantized noise has the
         same mean and covariance, but is not Gaussian.
         """
-        if factor is None:
-            factor = self.noise_factor(B * L)
+        E = self.net.embed
+        factor = self.noise_factor()
         shape = (B, L, len(factor))
         if len(self.levels) > 0:
-            symbols = torch.randint(len(self.levels), shape, generator=rng, device=factor.device)
+            symbols = torch.randint(len(self.levels), shape, generator=rng, device=E.device)
             z = self.levels[symbols]
         else:
-            z = torch.randn(shape, generator=rng, device=factor.device)
-        return z @ factor
+            z = torch.randn(shape, generator=rng, device=E.device)
+        if factor is E:
+            return z @ E
+        return NoiseTimesTable.apply(E, factor, z)
 
     def q_sample(self, tokens, given, tau, rng=None):
         """Noisy tokens (B, L) in rows at tau (B,) -> h (B, L, C); given ones stay clean."""
@@ -479,15 +572,17 @@ class OneHotFlow(Model):
         D_tau(h), or delta_{tau,tau_to}(h) of a flow map, as logits (B, L, V); tau (B,) or (1,).
         With a target, see cross_entropy: each row's loss (B,) in nats.
         """
+        if self.config.flow_map and tau_to is None:
+            # a flow map from s to s is the denoiser
+            tau_to = tau
+        if self.config.network == 'paper':
+            return self.net(h, given, tau, tau_to, target)
         # ours: rows are scaled to unit size, which over a vocabulary of 50,257 differs by a factor
         # of 200 between noise and clean tokens. The mean square per channel of noise is |E|^2 / C,
         # the sum over V tokens, and that of a clean token 1/V of it. The scale depends on t alone:
         # with few channels a token's own norm carries information
-        t = self.token_t(tau, given)
-        if self.config.flow_map and tau_to is None:
-            # a flow map from s to s is the denoiser
-            tau_to = tau
         V, C = self.net.embed.shape
+        t = self.token_t(tau, given)
         size = torch.where(given[..., None] < 0, (1 - t) ** 2 + t ** 2 / V, 1 / V)
         # the scale is a constant; do not backpropagate through it
         size = (size / C).sqrt() * self.net.embed.detach().norm()
@@ -497,10 +592,9 @@ class OneHotFlow(Model):
         """Cross-entropy of the clean tokens, mean over the positions to generate: (B,), nats."""
         return self.predict(self.q_sample(tokens, given, tau, rng), given, tau, target=tokens)
 
-    def initial_noise(self, given, rng=None, factor=None):
+    def initial_noise(self, given, rng=None):
         """Pure noise around the given tokens: h (B, L, C) at tau = 0."""
-        B, L = given.shape
-        noise = self.noise(B, L, rng, factor)
+        noise = self.noise(*given.shape, rng)
         return torch.where(given[..., None] < 0, noise, self.embedded(given))
 
     def jump(self, h, p, given, tau_s, tau_t):
@@ -517,9 +611,7 @@ class OneHotFlow(Model):
         gamma: 0 follows the flow, up to 1 each call overshoots and adds noise again. Neither has an
         effect at nfe = 1.
         """
-        B, L = given.shape
-        factor = self.noise_factor(B * L)
-        h = self.initial_noise(given, rng, factor)
+        h = self.initial_noise(given, rng)
         taus = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):
             tau = taus[i:i + 1]  # (1,): all rows are at the same time
@@ -536,16 +628,20 @@ class OneHotFlow(Model):
             p = (logits / temperature).softmax(-1)
             h = self.jump(h, p, given, tau, landing)
             if gamma > 0:
-                h = self.renoise(h, given, landing, tau_next, self.noise(B, L, rng, factor))
+                h = self.renoise(h, given, landing, tau_next, self.noise(*given.shape, rng))
 
     def gamma_landing(self, tau_next, gamma):
         """The tau that gamma sampling jumps to before it adds noise: (1,) -> (1,)."""
         if gamma == 0:
             return tau_next
+        t = self.t_of(tau_next)
+        if self.config.network == 'paper' and self.config.flow_map:
+            # FLM's own rule, by which its published figures were made
+            r = 1 - (1 - t) * (1 - gamma ** 2) ** 0.5
+            return piecewise_linear(r, self.ts, self.taus)
         # ours: land at the r for which scaling by t/r leaves room for exactly the fresh noise,
         # (t/r)^2 (1-r)^2 + gamma^2 (1-t)^2 = (1-t)^2, which preserves the distribution of x_t; the
-        # public code lands at 1 - (1-t) sqrt(1 - gamma^2), which does not
-        t = self.t_of(tau_next)
+        # paper's rule does not
         r = t / (t + (1 - t) * (1 - gamma ** 2) ** 0.5)
         return piecewise_linear(r, self.ts, self.taus)
 
@@ -952,9 +1048,11 @@ def compute_dtype(device):
 
 def round_weights(model):
     """
-    Round the weights of linear layers, in place, to the type that autocast would round them to in
-    each call; texts stay the same. For a model that is only sampled from. Returns it.
+    For a model that is only sampled from, once and in place what each call would do: round the
+    weights of linear layers to the type of autocast, factor the noise. Returns the model.
     """
+    if model.config.model == 'flm':
+        model.freeze_noise()
     device = next(model.parameters()).device
     with autocast(device):
         dtype = compute_dtype(device)

@@ -45,34 +45,39 @@ from model import Config, autocast, build, generator, has_bf16, load, pick_devic
 # open gates, a reparameterization that follows the loss, given tokens in a fraction of the rows, an
 # anchor for the diffusion. assets/ablations.md has what each of them brings
 LAPTOP = dict(
-    layers=4, heads=8, width=128, channels=8, dropout=0.0, gate=0.3, hidden_input=True,
-    reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False, minutes=5, iters=None,
-    batch=128, optimizer='muon', lr=3e-3, muon_lr=0.02, beta2=0.99, clip=1.0, warmup=50, decay=0.6,
-    ema=0.999, evals=2)
+    layers=4, heads=8, width=128, channels=8, network='ours', dropout=0.0, gate=0.3,
+    hidden_input=True, reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False,
+    minutes=15, iters=None, batch=128, optimizer='muon', lr=3e-3, muon_lr=0.02, beta2=0.99,
+    clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
+
+# one GPU has time for a larger network and larger batches
+GPU = {**LAPTOP, 'layers': 6, 'width': 256, 'batch': 512, 'minutes': 10, 'evals': 4}
 
 # FLM, arXiv:2602.16813; MDLM and AR of the same size
 PAPER = dict(
-    layers=12, heads=12, width=768, channels=768, dropout=0.1, gate=0.0, hidden_input=False,
-    reparam='paper', stagger=0.0, given=0.0, anchor=0.0, all_positions=False, minutes=None,
-    iters=1_000_000, batch=512, optimizer='adamw', lr=3e-4, muon_lr=0.02, beta2=0.999, clip=1.0,
-    warmup=2500, decay=0.0, ema=0.9999, evals=200)
+    layers=12, heads=12, width=768, channels=768, network='ours', dropout=0.1, gate=0.0,
+    hidden_input=False, reparam='paper', stagger=0.0, given=0.0, anchor=0.0, all_positions=False,
+    minutes=None, iters=1_000_000, batch=512, optimizer='adamw', lr=3e-4, muon_lr=0.02,
+    beta2=0.999, clip=1.0, warmup=2500, decay=0.0, ema=0.9999, evals=200)
 
-# what differs for a kind of data, or for a model: the later ones of a list override the earlier
-LAPTOP_DATA = {
+PRESETS = {'laptop': LAPTOP, 'gpu': GPU, 'paper': PAPER}
+
+# what differs from LAPTOP and GPU, by the kind of data and the model; the latter overrides
+BY_DATA = {
     'text': {},
-    'pairs': {},
-    'stories': dict(channels=2, reparam='root', stagger=3.0),
+    'pairs': dict(minutes=10),
+    'stories': dict(channels=2, reparam='root', stagger=3.0, minutes=5),
 }
-# a baseline's embedding is not noised, so it may be wider; it needs no given tokens in training, as
-# it sees some anyway
-LAPTOP_MODEL = {
+BY_MODEL = {
     'flm': {},
-    'diffuseq': dict(channels=8, hidden_input=False, batch=64),
+    'diffuseq': dict(hidden_input=False, batch=64),
+    # a baseline's embedding is not noised, so it may be wider; rows need no given tokens, as in
+    # training the network sees some anyway
     'mdlm': dict(channels=32, hidden_input=False, given=0.0),
     'ar': dict(channels=32, hidden_input=False, given=0.0),
 }
-PAPER_MODEL = {
-    'flm': {},
+PAPER_BY_MODEL = {
+    'flm': dict(network='paper'),
     # DiffuSeq, arXiv:2210.08933, on its question pairs
     'diffuseq': dict(channels=128, all_positions=True, iters=50_000, batch=2048, lr=1e-4, warmup=0,
                      decay=1.0, evals=10),
@@ -82,14 +87,15 @@ PAPER_MODEL = {
 
 
 def preset(machine, model, data):
-    """The settings for a machine (laptop, paper), a model and a kind of data."""
+    """The settings for a machine (laptop, gpu, paper), a model and a kind of data."""
     if machine == 'paper':
-        return {**PAPER, **PAPER_MODEL[model]}
-    return {**LAPTOP, **LAPTOP_DATA[data], **LAPTOP_MODEL[model]}
+        return {**PAPER, **PAPER_BY_MODEL[model]}
+    return {**PRESETS[machine], **BY_DATA[data], **BY_MODEL[model]}
 
 
 # the models that an option is for, where it is not for all
 ONLY_FOR = {
+    'network': ['flm'],
     'reparam': ['flm'],
     'stagger': ['flm'],
     'anchor': ['diffuseq'],
@@ -100,7 +106,7 @@ ONLY_FOR = {
 def parse(argv=None):
     """The options of a command line; what is not given is None, see fill_in."""
     parser = Parser(description=__doc__)
-    add = preset_adder(parser, laptop=LAPTOP, paper=PAPER)
+    add = preset_adder(parser, **PRESETS)
     # what and where
     add('--data', default='', help='folder made by prepare_data.py; default: the newest')
     add('--out', default='', help='folder to write to; default: out/<data>[-<model>]/teacher')
@@ -111,6 +117,8 @@ def parse(argv=None):
     add('--heads', type=number(int, 1, 1000), help='attention heads')
     add('--width', type=number(int, 2, 100_000), help='D, channels of the residual stream')
     add('--channels', type=number(int, 1, 100_000), help='C, channels of the embedding table')
+    add('--network', choices=['ours', 'paper'],
+        help="flm: ours, or the paper's own, with --channels equal to --width")
     add('--gate', type=nonnegative, help='initial residual gates; 0 is adaLN-zero')
     add('--hidden-input', action=argparse.BooleanOptionalAction,
         help='a hidden layer between the embedding and the first block')
@@ -143,14 +151,15 @@ def add_training_options(add):
     """The options that train_teacher.py and distill.py share."""
     # a 1 would drop, or remember, everything
     below_one = number(float, 0, 0.999999)
-    add('--preset', choices=['laptop', 'paper'],
-        help='the settings; default: paper on a GPU, laptop on a CPU')
+    add('--preset', choices=['laptop', 'gpu', 'paper'],
+        help='the settings; default: gpu on a GPU, else laptop; paper: the paper\'s')
     add('--given', type=fraction,
         help='fraction of rows without a source that get random given tokens, for prompts')
     add('--dropout', type=below_one, help='after attention and after the MLP')
     # the optimizer
-    add('--minutes', type=number(float, 0.01, 1e6), help='train for so long: sets the number of iterations')
-    add('--iters', type=positive_int, help='iterations of the optimizer, in place of --minutes')
+    add('--minutes', type=number(float, 0.01, 1e6),
+        help='how long to train; sets the number of iterations')
+    add('--iters', type=positive_int, help='iterations of the optimizer, in place of minutes')
     add('--batch', type=positive_int, help='rows per iteration, of all processes together')
     add('--optimizer', choices=['muon', 'adamw'],
         help='muon is for the matrices in the blocks, AdamW for the rest')
@@ -186,7 +195,7 @@ def fill_in(options, settings):
 
 def default_machine(device):
     """The preset for a device."""
-    return 'paper' if device.type == 'cuda' else 'laptop'
+    return 'gpu' if device.type == 'cuda' else 'laptop'
 
 
 def kind_of_data(meta):
@@ -360,19 +369,20 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 by_shape.setdefault(p.shape, []).append(p)
             for (rows, cols), params in by_shape.items():
-                updates = [self.momentum_update(p, group['momentum']) for p in params]
+                # Nesterov momentum
+                gradients = [p.grad for p in params]
+                averages = [self.average_of(p) for p in params]
+                torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
+                updates = torch._foreach_lerp(gradients, averages, group['momentum'])
                 updates = orthogonalize(torch.stack(updates))
                 scale = group['lr'] * max(1, rows / cols) ** 0.5
-                for p, update in zip(params, updates):
-                    p.add_(update, alpha=-scale)
+                torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=-scale)
 
-    def momentum_update(self, p, momentum):
-        """Nesterov momentum of p's gradient."""
+    def average_of(self, p):
+        """The running average of p's gradient."""
         if 'momentum' not in self.state[p]:
             self.state[p]['momentum'] = torch.zeros_like(p)
-        average = self.state[p]['momentum']
-        average.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+        return self.state[p]['momentum']
 
 
 def make_optimizers(model, o):
@@ -737,8 +747,8 @@ def batch_of(it, objective, run, o):
 def micro_batches(it, batch, run, o):
     """
     This process's parts of a batch: tokens, given, times, and the generator of their noise. Part i
-    of n has rows i, i + n, i + 2n, ..., so that all times and kinds of rows are in each; one process
-    with n parts trains as n processes do.
+    of n has rows i, i + n, i + 2n, ..., so that all times and kinds of rows are in each; one
+    process with n parts trains as n processes do.
     """
     tokens, given, times = batch
     for part in range(run.rank, run.micro_batches, run.world):
@@ -851,22 +861,33 @@ def train(run, model, objective, o):
 # -----------------------------------------------------------------------------
 # The script
 
-def choose_micro_batches(o, world):
-    """How many parts a batch is computed in, of all processes together."""
+def choose_micro_batches(o, world, meta, device, logits=True):
+    """
+    How many parts a batch is computed in, of all processes together: if not asked for, so many that
+    the logits (rows, L, V) of each fit, where they exist at once.
+    """
     parts = o.micro_batches or world
     if parts % world:
         fail(f'--micro-batches {parts}: must be a multiple of the number of processes ({world})')
     if o.batch % parts:
         fail(f'--batch {o.batch}: must be a multiple of --micro-batches ({parts}), of which each '
              'process has at least one')
+    most = 2 ** 28  # bytes
+    if device.type == 'cuda':
+        most = torch.cuda.get_device_properties(device).total_memory / 16
+    row = 4 * meta['length'] * meta['vocab']
+    if o.micro_batches == 0 and logits:
+        while o.batch / parts * row > most and o.batch % (2 * parts) == 0:
+            parts *= 2
     return parts
 
 
 def compile_on_gpu(o, device, models):
-    """torch.compile of the networks of models, in place."""
+    """torch.compile of the networks of models, each as one unit and in place."""
     for model in models:
         if o.compile and device.type == 'cuda':
-            model.net.compile()
+            # there are few shapes, and fixed ones are faster
+            model.net.compile(dynamic=False)
 
 
 def first_line(machine, what, run, o):
@@ -907,12 +928,15 @@ def main(o):
     fill_in(o, preset(machine, o.model, kind_of_data(meta)))
     if o.width % (2 * o.heads):
         fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
+    if o.network == 'paper' and o.channels != o.width:
+        fail(f'--channels {o.channels}: the network of the paper has as many as --width ({o.width})')
 
     # where it writes, and what is there
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'
     out = Path(o.out or f'out/{name}/teacher')
-    run = Run(rank, world, device, data, meta, train_ids, val_ids, out,
-              choose_micro_batches(o, world), parents={})
+    # on a CPU a teacher's logits are computed in chunks, see model.cross_entropy
+    parts = choose_micro_batches(o, world, meta, device, logits=device.type != 'cpu')
+    run = Run(rank, world, device, data, meta, train_ids, val_ids, out, parts, parents={})
     run.ckpt = check_out(run, o)
 
     # the model

@@ -764,7 +764,9 @@ def build_student(source, config):
     for name, p in student.named_parameters():
         p.requires_grad_(config.model == 'mdlm' or name not in ('net.embed', 'bias'))
     student = student.to(next(source.parameters()).device)
-    return student.freeze_noise() if config.model == 'flm' else student
+    if config.model == 'flm':
+        student.freeze_table()
+    return student
 
 
 def default_out(path, meta, reference):

@@ -389,7 +389,10 @@ class NoiseTimesTable(torch.autograd.Function):
     def backward(ctx, grad):
         E, factor, z = ctx.saved_tensors
         inner = z.flatten(0, 1).T @ grad.flatten(0, 1).float()  # (C, C)
-        return E @ torch.linalg.solve_triangular(factor, inner, upper=True), None, None
+        inner = torch.linalg.solve_triangular(factor, inner, upper=True)
+        # a gradient may be in bf16, as all others are
+        with autocast(E.device):
+            return E @ inner, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -438,7 +441,9 @@ class OneHotFlow(Model):
         self.register_buffer('taus', taus.float())
         levels = quantization_levels(config.noise_levels)
         self.register_buffer('levels', levels, persistent=False)
-        self.register_buffer('factor', None, persistent=False)  # see freeze_noise
+        # see freeze_table
+        self.register_buffer('factor', None, persistent=False)
+        self.register_buffer('table_norm', None, persistent=False)
 
     @torch.no_grad()
     def refit_reparam(self, tokens, given, seed):
@@ -534,10 +539,10 @@ class OneHotFlow(Model):
         # cholesky_ex does not wait for a GPU: a failure shows as a loss that is not finite
         return torch.where(failed == 0, lower.T, math.nan)
 
-    def freeze_noise(self):
-        """Compute the factor once, for a model whose E does not change any more. Returns it."""
+    def freeze_table(self):
+        """For a model whose E does not change any more: compute once what depends on it alone."""
         self.factor = self.noise_factor()
-        return self
+        self.table_norm = self.net.embed.detach().norm()
 
     def noise(self, B, L, rng=None):
         """
@@ -585,7 +590,8 @@ class OneHotFlow(Model):
         t = self.token_t(tau, given)
         size = torch.where(given[..., None] < 0, (1 - t) ** 2 + t ** 2 / V, 1 / V)
         # the scale is a constant; do not backpropagate through it
-        size = (size / C).sqrt() * self.net.embed.detach().norm()
+        norm = self.net.embed.detach().norm() if self.table_norm is None else self.table_norm
+        size = (size / C).sqrt() * norm
         return self.net(h / size, given, tau, tau_to, target)
 
     def loss(self, tokens, given, tau, rng=None):
@@ -905,7 +911,12 @@ def draw(p, rng=None):
 
 def capped_logits(y, weight, bias, cap):
     """y W^T + b in fp32, softly capped if `cap` is not 0: (..., D) -> (..., V)."""
-    z = F.linear(y, weight, bias).float()
+    V = len(weight)
+    if y.device.type == 'cuda':
+        # tensor cores are slow where V is no multiple of 8
+        weight = F.pad(weight, (0, 0, 0, -V % 8))
+        bias = F.pad(bias, (0, -V % 8))
+    z = F.linear(y, weight, bias)[..., :V].float()
     if cap:
         z = cap * torch.tanh(z / cap)
     return z
@@ -918,18 +929,19 @@ def cross_entropy(y, weight, bias, cap, target, weights):
     target: token ids (B, L), probabilities (B, L, V), or the k likeliest tokens of each position
     and their probabilities, (B, L, k) each, see sparse_cross_entropy.
     """
-    if torch.is_tensor(target) and target.ndim == 3:
-        log_q = capped_logits(y, weight, bias, cap).log_softmax(-1)
-        return (-(log_q * target).sum(-1) * weights).sum(1)
-    if torch.is_tensor(target):
-        ids, p = target[..., None], torch.ones_like(weights)[..., None]
-    else:
-        ids, p = target
-    if y.device.type == 'cpu':
-        flat = [x.flatten(0, 1) for x in (y, ids, p, weights)]
+    dense = torch.is_tensor(target) and target.ndim == 3
+    if y.device.type == 'cpu' and not dense:
+        if torch.is_tensor(target):
+            # the one likeliest token, of probability 1
+            target = (target[..., None], torch.ones_like(weights)[..., None])
+        flat = [x.flatten(0, 1) for x in (y, *target, weights)]
         return ChunkedCrossEntropy.apply(*flat, weight, bias, cap).view(weights.shape).sum(1)
-    log_q = capped_logits(y, weight, bias, cap).log_softmax(-1)
-    return (sparse_cross_entropy(log_q, ids, p) * weights).sum(1)
+    z = capped_logits(y, weight, bias, cap)  # (B, L, V)
+    if isinstance(target, tuple):
+        nats = sparse_cross_entropy(z.log_softmax(-1), *target)
+    else:
+        nats = F.cross_entropy(z.flatten(0, 1), target.flatten(0, 1), reduction='none')
+    return (nats.view(weights.shape) * weights).sum(1)
 
 
 def sparse_cross_entropy(log_q, ids, p):
@@ -1052,7 +1064,7 @@ def round_weights(model):
     weights of linear layers to the type of autocast, factor the noise. Returns the model.
     """
     if model.config.model == 'flm':
-        model.freeze_noise()
+        model.freeze_table()
     device = next(model.parameters()).device
     with autocast(device):
         dtype = compute_dtype(device)

@@ -34,6 +34,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,21 +58,52 @@ def fail(message):
 
 
 def run_script(main):
-    """Call a script's main(); Ctrl-C is one line and status 130, odd characters print as `?`."""
+    """Call a script's main(); what ends it from outside is one line at most, and no traceback."""
     # a Windows console knows a few hundred characters and raises at any other
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         say_stopped()
         raise SystemExit(130) from None
-    except RuntimeError as error:
-        # of a GPU, and torch's, which is not imported here
-        if type(error).__name__ != 'OutOfMemoryError':
+    except BrokenPipeError:
+        # a reader that stops, such as `| head`, ends a script without a word, as it does cat
+        mute_stdout()
+        raise SystemExit(128 + 13) from None
+    except MemoryError:
+        fail(OUT_OF_MEMORY)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
             raise
-        fail('the GPU is out of memory; write fewer rows, or train with a smaller --batch, or with '
-             '--parts, the pieces that a batch is computed in')
+        mute_stdout()
+        fail(f'stdout: {why_not(error)}')
+    except RuntimeError as error:
+        # torch's, which is not imported here: of a GPU, and of a CPU
+        if type(error).__name__ != 'OutOfMemoryError' and 'allocate memory' not in str(error):
+            raise
+        fail(OUT_OF_MEMORY)
+
+
+OUT_OF_MEMORY = ('out of memory; write fewer rows, or train with a smaller --batch, or with more '
+                 '--micro-batches, the parts that a batch is computed in')
+
+
+def mute_stdout():
+    """What is printed from here on goes nowhere, without an error, even when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text):
+    """Print a line of a long run, which goes on if nobody reads it, or the disk is full."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        mute_stdout()
+        with suppress(OSError):
+            print(f'{Path(sys.argv[0]).name}: stdout: {error.strerror}; going on without it',
+                  file=sys.stderr)
 
 
 def say_stopped():
@@ -137,11 +169,6 @@ def number(kind, low, high):
     """An argparse type: a number from low to high."""
     name = 'a whole number' if kind is int else 'a number'
     return lambda text: in_range(text, kind, low, high, f'{name} from {low:,} to {high:,}')
-
-
-def say(text):
-    """Print a line."""
-    print(text, flush=True)
 
 
 def nonnegative_int(text):

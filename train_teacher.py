@@ -376,7 +376,9 @@ class Muon(torch.optim.Optimizer):
                 updates = torch._foreach_lerp(gradients, averages, group['momentum'])
                 updates = orthogonalize(torch.stack(updates))
                 scale = group['lr'] * max(1, rows / cols) ** 0.5
-                torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=-scale)
+                # contiguous, so that all are added by one kernel
+                updates = list(updates.float().contiguous())
+                torch._foreach_add_(params, updates, alpha=-scale)
 
     def average_of(self, p):
         """The running average of p's gradient."""
@@ -929,7 +931,7 @@ def main(o):
     if o.width % (2 * o.heads):
         fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
     if o.network == 'paper' and o.channels != o.width:
-        fail(f'--channels {o.channels}: the network of the paper has as many as --width ({o.width})')
+        fail(f'--channels {o.channels}: the paper\'s network has as many as --width ({o.width})')
 
     # where it writes, and what is there
     name = meta['name'] if o.model == 'flm' else f'{meta["name"]}-{o.model}'

@@ -26,8 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_command, count, health, load_dataset, positive, rate,
-                          run_script, share)
+from prepare_data import Parser, as_command, load_dataset, run_script
+from prepare_data import fraction as share
+from prepare_data import nonnegative as rate
+from prepare_data import nonnegative_int as count
+from prepare_data import positive_int as positive
+from prepare_data import sanity_metrics as health
 
 import torch
 import torch.nn.functional as F

@@ -25,9 +25,12 @@ from datetime import timedelta
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_command, as_rows, count, load_dataset, newest_dataset,
-                          positive, rate, run_script, to_texts, why_not)
-from prepare_data import share as share_type
+from prepare_data import (Parser, as_command, as_rows, load_dataset, newest_dataset, run_script,
+                          to_texts, why_not)
+from prepare_data import fraction as share_type
+from prepare_data import nonnegative as rate
+from prepare_data import nonnegative_int as count
+from prepare_data import positive_int as positive
 
 import numpy as np
 import torch

@@ -463,8 +463,9 @@ def date_forms(iso):
     # 11th, 12th and 13th are the exceptions
     ending = 'th' if 10 <= d <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th')
     nth = f'{d}{ending}'
-    return (f'{month} {d}, {y}', f'the {nth} of {month} {y}', f'{d} {short} {y}', f'{m}/{d}/{y}',
-            f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d}-{short}-{y}', f'{month} the {nth}, {y}')
+    forms = [f'{month} {d}, {y}', f'the {nth} of {month} {y}', f'{d} {short} {y}', f'{m}/{d}/{y}']
+    forms += [f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d}-{short}-{y}', f'{month} the {nth}, {y}']
+    return tuple(forms)
 
 
 def dates():
@@ -783,38 +784,46 @@ def sentences(texts):
 
 
 # -----------------------------------------------------------------------------
-# Texts that need no network, and those of the hub; what is not said here is chosen to suit the text
+# Data sets that need no network, and those of the hub; what is not set is chosen to suit the text
 
-BUILT_IN = {'stories': dict(kind='rows', tokenizer='stories', length=21),
-            'dates': dict(kind='rows', tokenizer='dates', length=23),
-            'pydocs': dict(kind='rows', tokenizer='bpe:2048', length=32)}
+BUILT_IN = {
+    'stories': dict(tokenizer='stories', length=21),
+    'dates': dict(tokenizer='dates', length=23),
+    'pydocs': dict(tokenizer='bpe:2048', length=32),
+}
 PARQUET = 'refs/convert/parquet'    # a branch; `datasets` runs no scripts any more
-# lm1b and owt as long as in FLM, whose tokenizer of lm1b is BERT's (--tokenizer bert:vocab.txt);
-# ours: the others, small enough for a laptop. A stream ends with its set's own test split, so many
-# documents, and at most these are held out
-HUB = {
-    'captions': dict(path='sentence-transformers/flickr30k-captions', config='pair', kind='rows',
+# the columns of texts or of pairs
+HUB_ROWS = {
+    'captions': dict(path='sentence-transformers/flickr30k-captions', config='pair',
                      columns=['caption1', 'caption2'], tokenizer='words:2000'),
-    'snli': dict(path='stanfordnlp/snli', kind='rows', columns=['hypothesis'],
-                 tokenizer='words:2000'),
-    'qqp': dict(path='nyu-mll/glue', config='qqp', kind='rows', columns=['question1', 'question2'],
-                tokenizer='bpe:2048', length=40),           # asked on Quora
+    'snli': dict(path='stanfordnlp/snli', columns=['hypothesis'], tokenizer='words:2000'),
+    # asked on Quora
+    'qqp': dict(path='nyu-mll/glue', config='qqp', columns=['question1', 'question2'],
+                tokenizer='bpe:2048', length=40),
+}
+# the column `text`; the last documents are the usual test set, and no more than `test` are held out.
+# lm1b and owt have the lengths of FLM, which takes BERT's tokenizer for lm1b (--tokenizer
+# bert:vocab.txt); ours: the others, small enough for a laptop
+HUB_STREAMS = {
     'shakespeare': dict(path='karpathy/tiny_shakespeare', revision=PARQUET, tokenizer='bpe:2048'),
-    'tinystories': dict(path='roneneldan/TinyStories', test=21_990, tokenizer='bpe:4096',
-                        length=128),
-    'text8': dict(path='afmck/text8', split='train+validation+test', test=1, tokenizer='byte',
-                  length=256),
+    'tinystories': dict(path='roneneldan/TinyStories', test=21_990,
+                        tokenizer='bpe:4096', length=128),
+    'text8': dict(path='afmck/text8', split='train+validation+test', test=1,
+                  tokenizer='byte', length=256),
     'wikitext': dict(path='Salesforce/wikitext', config='wikitext-103-raw-v1',
-                     split='train+validation', test=3_760, tokenizer='gpt2', length=128),
+                     split='train+validation', test=3_760,
+                     tokenizer='gpt2', length=128),
     'lm1b': dict(path='billion-word-benchmark/lm1b', revision=PARQUET, test=306_688,
                  tokenizer='gpt2', length=128),
-    'owt': dict(path='Skylion007/openwebtext', test=100_000, tokenizer='gpt2', length=1024),
+    'owt': dict(path='Skylion007/openwebtext', test=100_000,
+                tokenizer='gpt2', length=1024),
 }
+HUB = {**HUB_ROWS, **HUB_STREAMS}
 SETS = {**BUILT_IN, **HUB}
 
 
 def load_hub(name, cache, left_out):
-    """The texts or pairs of a set of the hub, or a column of documents, which stay on the disk."""
+    """The texts or pairs of one of HUB, or a column of documents, which stays on the disk."""
     hub = HUB[name]
     try:
         import datasets
@@ -825,7 +834,7 @@ def load_hub(name, cache, left_out):
     except OSError as error:
         fail(f'{cache}: the cache cannot be written: {why_not(error)}')
     say(f'reading {hub["path"]}, from the hub or from {cache} ...')
-    logging.disable()               # of the hub's client: it tells of each of its retries
+    logging.disable()               # the hub's client reports each of its retries
     try:
         # all splits are put together: held out is the end
         table = datasets.load_dataset(
@@ -836,17 +845,18 @@ def load_hub(name, cache, left_out):
         for cause in (error, error.__cause__, error.__context__):
             if getattr(cause, 'errno', None) == errno.ENOSPC:
                 fail(f'{cache}: {why_not(cause)}')
-        fail(f'{hub["path"]} cannot be had from the hub ({type(error).__name__}); see to the '
-             f'network, or name files of yours behind --input')
+        fail(f'{hub["path"]} cannot be loaded from the hub ({type(error).__name__}); check the '
+             f'network, or give files of your own with --input')
     if name == 'lm1b':
         # a small table is done before other processes have started
         many = os.cpu_count() if len(table) > 10_000 else None
         table = table.map(lambda row: {'text': detokenize(row['text'] or '')}, num_proc=many)
-    if 'columns' not in hub:
+    if name in HUB_STREAMS:
         return table['text']
-    items = read_records(((hub['path'], row) for row in table), hub['columns'], left_out)
+    records = ((hub['path'], row) for row in table)
+    items = read_records(records, hub['columns'], left_out)
     if name == 'captions':
-        # two captions of a picture are two texts
+        # two captions of an image are two texts
         items = list(chain.from_iterable(items))
     return items
 
@@ -862,15 +872,15 @@ def detokenize(text):
 
 
 # -----------------------------------------------------------------------------
-# Files: text by any name, .json, .jsonl, .csv, .tsv, .parquet, each plain or packed. Not read by
-# `datasets`, which takes a text such as "1987-03-23" for a time and "007" for a number
+# Files: text by any name, .json, .jsonl, .csv, .tsv, .parquet, each plain or compressed. Not read
+# by `datasets`, which turns the text "1987-03-23" into a timestamp and "007" into a number
 
-PACKED = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}
-# what a file is that begins like this, whatever its name
-SIGNATURES = {b'\x1f\x8b': 'packed with gzip; its name must end in .gz',
-              b'BZh': 'packed with bzip2; its name must end in .bz2',
-              b'\xfd7zXZ': 'packed with xz; its name must end in .xz',
-              b'(\xb5/\xfd': 'packed with zstd; unpack it first',
+COMPRESSED = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}
+# what a file is that begins with these bytes, whatever its name
+SIGNATURES = {b'\x1f\x8b': 'compressed with gzip; its name must end in .gz',
+              b'BZh': 'compressed with bzip2; its name must end in .bz2',
+              b'\xfd7zXZ': 'compressed with xz; its name must end in .xz',
+              b'(\xb5/\xfd': 'compressed with zstd; unpack it first',
               b'PK\3\4': 'a zip; unpack it first, or save it as text',
               b'%PDF': 'a PDF; save it as text',
               b'PAR1': 'parquet; its name must end in .parquet'}
@@ -882,7 +892,7 @@ COLUMNS = [('src', 'trg'), ('src', 'tgt'), ('source', 'target'), ('question1', '
 
 def suffix_of(path):
     """The extension of a file's name in small letters, that before .gz and its like."""
-    if path.suffix.lower() in PACKED:
+    if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix('')
     return path.suffix.lower()
 
@@ -910,7 +920,7 @@ def list_files(names):
         files += sorted(found)
     # a folder and a file in it may both be named
     files = list({path.resolve(): path for path in files}.values())
-    # a README beside records would be read as text
+    # a README among records would be read as text
     readers = {READERS.get(suffix_of(path)): path for path in files}
     if len(readers) > 1:
         fail(f'--input: mixes {" and ".join(map(str, readers.values()))}; give files of one kind')
@@ -918,17 +928,17 @@ def list_files(names):
 
 
 def read_bytes(path):
-    """What a file holds, unpacked if its name says that it is packed."""
+    """The bytes of a file, decompressed if its name says so."""
     try:
         data = path.read_bytes()
     except OSError as error:
         fail(f'{path}: cannot be read ({error.strerror})')
     # names decide, not contents: a text may begin with the same two bytes
     suffix = path.suffix.lower()
-    if suffix not in PACKED:
+    if suffix not in COMPRESSED:
         return data
     try:
-        return PACKED[suffix].decompress(data)
+        return COMPRESSED[suffix].decompress(data)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
         fail(f'{path}: not a whole {suffix} file; fetch or make it anew')
 
@@ -1049,14 +1059,18 @@ def read_records(records, wanted, left_out):
     items = []
     columns = None
     for where, record in records:
-        # the first record says what there is
+        # the first record decides
         columns = columns or pick_columns(record, wanted, where)
-        # null is an empty text
-        texts = ['' if record.get(column) is None else record[column] for column in columns]
-        for column, text in zip(columns, texts):
+        texts = []
+        for column in columns:
+            text = record.get(column)
+            # null is an empty text
+            if text is None:
+                text = ''
             # JSON can write "\\u0000", and half of an emoji, "\\ud83d"
             if not isinstance(text, str) or re.search('[\0\ud800-\udfff]', text):
                 fail(f'{where}: {column} is not text: {text!r:.60}')
+            texts.append(text)
         # of Quora's pairs only those labeled as asking the same
         label = record.get('label', record.get('is_duplicate', 1))
         if columns[0] == 'question1' and str(label) not in ('1', 'True'):
@@ -1064,6 +1078,11 @@ def read_records(records, wanted, left_out):
         else:
             items.append(tuple(texts) if len(texts) == 2 else texts[0])
     return items
+
+
+def wants_rows(args):
+    """Whether a text is a row of its own, and not a part of a stream."""
+    return args.rows or args.name in BUILT_IN or args.name in HUB_ROWS
 
 
 def read_files(names, args, left_out):
@@ -1077,8 +1096,8 @@ def read_files(names, args, left_out):
             fail(f'--parallel: {files[0]} has {len(sources):,} lines, {files[1]} {len(targets):,}')
         return list(zip(sources, targets))
     # with --rows a text is a line of a file, or a whole file of a folder
-    rows = args.rows or 'kind' in SETS.get(args.name, {})
-    by_line = args.name == 'lm1b' or rows and not any(map(os.path.isdir, names))
+    folders = any(map(os.path.isdir, names))
+    by_line = args.name == 'lm1b' or wants_rows(args) and not folders
     items = []
     for path in files:
         reader = READERS.get(suffix_of(path))
@@ -1159,8 +1178,10 @@ def measure(items, encoding, left_out):
     for n, item in enumerate(items, 1):
         tell(n / len(items))
         unknown = Counter()
-        # each text is followed by <sep> or <eos>
-        size = sum(len(encode(encoding, text, unknown)) + 1 for text in as_texts(item))
+        size = 0
+        for text in as_texts(item):
+            # and the <sep> or <eos> after it
+            size += len(encode(encoding, text, unknown)) + 1
         if not unknown:
             writable.append(item)
             sizes.append(size)
@@ -1169,11 +1190,11 @@ def measure(items, encoding, left_out):
 
 
 def of_one_kind(items):
-    """Whether sources and targets are texts of one kind, as paraphrases are: some are both."""
+    """Whether both sides of pairs are of one kind, as in paraphrases: some texts are on both."""
     pairs = [item for item in items if isinstance(item, tuple) and item[0] != item[1]]
     sources = {source for source, _ in pairs}
     targets = {target for _, target in pairs}
-    # labels, answers and translations hardly ever are
+    # those of labels, answers and translations hardly ever are
     return len(sources & targets) > 0.01 * max(len(sources), len(targets))
 
 
@@ -1192,7 +1213,7 @@ def split_items(items, held_out, val_items, left_out):
     val = val_items or own
     seen = set(chain.from_iterable(map(as_texts, val)))
     apart = [item for item in train if seen.isdisjoint(as_texts(item))]
-    # where nearly all pairs are linked, as by the "ok" of chats, too few would be left
+    # in chats an "ok" links nearly all pairs, and too few would be left
     if of_one_kind(items) and len(apart) > 0.7 * len(train):
         train = apart
     in_both = len(items) - len(train) - (0 if val_items else len(own))
@@ -1369,7 +1390,7 @@ def load_dataset(folder):
         command = as_command(['python', 'prepare_data.py', 'mine', '--input', as_word(folder)])
         fail(f'{folder} is a file, not a folder of prepared data; run: {command}')
     if not os.path.isfile(folder / 'meta.json'):
-        # its name alone, or where it was seen from another folder
+        # a name without its folder, or a path that was right in another folder
         near = Path('data') / folder.name
         if os.path.isfile(near / 'meta.json'):
             fail(f'{folder} holds no prepared data, but {near} does; add --data {near}')
@@ -1553,8 +1574,10 @@ def read_items(args, left_out):
     if args.name == 'pydocs':
         return list(sentences(docstrings())), f'Python {sys.version.split()[0]}'
     items = load_hub(args.name, Path(args.data) / 'cache', left_out)
-    # rows are held in memory
-    return [text or '' for text in items] if args.rows else items, HUB[args.name]['path']
+    if args.rows:
+        # rows are held in memory
+        items = [text or '' for text in items]
+    return items, HUB[args.name]['path']
 
 
 def prepare_rows(args, items, val_items, tokenizer, length, left_out):
@@ -1562,7 +1585,8 @@ def prepare_rows(args, items, val_items, tokenizer, length, left_out):
     items = clean_items(items, args.name == 'stories', left_out)
     val_items = clean_items(val_items, False, left_out)
     # from all texts, held out or not: a code has to be able to write them
-    spec = make_tokenizer(tokenizer, list(chain.from_iterable(map(as_texts, items + val_items))))
+    texts = list(chain.from_iterable(map(as_texts, items + val_items)))
+    spec = make_tokenizer(tokenizer, texts)
     encoding = make_encoding(spec)
     # stories and dates are known to fit
     if args.name not in ('stories', 'dates'):
@@ -1602,7 +1626,7 @@ def prepare_stream(args, texts, val_texts, tokenizer, length, left_out):
     return train, val, spec, length or 32, ''
 
 
-# what helps where too little is left, by why most of it was left out
+# what helps if too little is left, by the reason why most was left out
 REMEDIES = {'duplicate': 'give texts that differ',
             'labeled as different': 'give pairs that are labeled as asking the same',
             'with unknown words or characters': 'take --tokenizer bpe:2048, which writes any text',
@@ -1625,7 +1649,7 @@ def main(argv=None):
     pairs = isinstance(items[0], tuple)
     if val_items and isinstance(val_items[0], tuple) != pairs:
         fail('--val-input: has texts where --input has pairs, or the other way round')
-    kind = 'rows' if pairs or args.rows or 'kind' in settings else 'stream'
+    kind = 'rows' if pairs or wants_rows(args) else 'stream'
     notes = []
     tokenizer = args.tokenizer or settings.get('tokenizer')
     if not tokenizer:
@@ -1651,7 +1675,7 @@ def main(argv=None):
     if re.match('bpe|words', tokenizer) and spec['name'] != tokenizer:
         notes.append(f'{tokenizer}: only {spec["name"]}, as the text has no more to learn')
     if not written:
-        notes.append(f'{folder} held these very data already, and stays as it was')
+        notes.append(f'{folder} already holds exactly these data, and was left as it is')
     V = len(spec['tokens']) + len(SPECIAL)
     notes.append(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; {kind} of '
                  f'{length}; {spec["name"]}, {V:,} tokens; {time.time() - start:.0f} s')

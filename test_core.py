@@ -769,7 +769,7 @@ def test_a_table_of_the_hub_is_the_same_stream_as_a_file(tmp_path, hub, capsys):
 
 
 @pytest.mark.parametrize('error, said', [
-    (ConnectionError('no'), 'cannot be had from the hub (ConnectionError)'),
+    (ConnectionError('no'), 'cannot be loaded from the hub (ConnectionError)'),
     (OSError(28, 'No space left'), 'make room'),
 ])
 def test_failures_of_the_hub_are_told_apart(tmp_path, hub, capsys, error, said):
@@ -797,10 +797,10 @@ BAD_FILES = [
     ('a.jsonl', '{"text": "caf\u00e9"}'.encode('cp1252'), 'line 1: not UTF-8; convert it'),
     ('a.txt', TEXT.encode('utf-16-le'), 'line 1: has a NUL'),
     ('a.png', b'\x89PNG\r\n\x1a\n\0\0', 'line 1: has a NUL character, so it is not text'),
-    ('a.jsonl', gzip.compress(UTF16), 'is packed with gzip; its name must end in .gz'),
-    ('a.txt', bz2.compress(UTF16), 'is packed with bzip2; its name must end in .bz2'),
-    ('a.text', lzma.compress(UTF16), 'is packed with xz; its name must end in .xz'),
-    ('a.txt.zst', b'(\xb5/\xfd\x04\x00\xff', 'is packed with zstd; unpack it first'),
+    ('a.jsonl', gzip.compress(UTF16), 'is compressed with gzip; its name must end in .gz'),
+    ('a.txt', bz2.compress(UTF16), 'is compressed with bzip2; its name must end in .bz2'),
+    ('a.text', lzma.compress(UTF16), 'is compressed with xz; its name must end in .xz'),
+    ('a.txt.zst', b'(\xb5/\xfd\x04\x00\xff', 'is compressed with zstd; unpack it first'),
     ('a.docx', b'PK\3\4\x14\0\xff', 'is a zip; unpack it first'),
     ('a.pdf', b'%PDF-1.7\n\xff\0', 'is a PDF; save it as text'),
     ('a.txt', b'PAR1\xff\0PAR1', 'is parquet; its name must end in .parquet'),
@@ -1071,7 +1071,7 @@ def test_other_data_are_replaced_only_if_asked(tmp_path, monkeypatch, capsys, wo
     before = {path: path.read_bytes() for path in Path('data/x').iterdir()}
 
     _, same, _ = prepare(capsys, *command)
-    assert 'data/x held these very data already, and stays as it was' in same
+    assert 'data/x already holds exactly these data, and was left as it is' in same
     # it is the newest again
     assert Path('data/x/meta.json').stat().st_mtime > 1.5e9
     said = refused(capsys, *command, *words)

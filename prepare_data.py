@@ -801,7 +801,7 @@ HUB_ROWS = {
     'qqp': dict(path='nyu-mll/glue', config='qqp', columns=['question1', 'question2'],
                 tokenizer='bpe:2048', length=40),
 }
-# the column `text`; the last documents are the usual test set, and no more than `test` are held out.
+# the column `text`; the last documents are the usual test set, and at most `test` are held out.
 # lm1b and owt have the lengths of FLM, which takes BERT's tokenizer for lm1b (--tokenizer
 # bert:vocab.txt); ours: the others, small enough for a laptop
 HUB_STREAMS = {

@@ -33,9 +33,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (UNSPACED, Parser, as_rows, command_for, divergence, expected_seen, fail,
-                          health, in_range, load_dataset, run_script, share, split_rows,
-                          story_figures, to_texts, why_not, write_whole)
+from prepare_data import (UNSPACED, Parser, as_rows, command_for, expected_seen, fail, load_dataset,
+                          number, run_script, split_rows, to_texts, why_not, write_whole)
+from prepare_data import fraction as share
+from prepare_data import jensen_shannon as divergence
+from prepare_data import sanity_metrics as health
+from prepare_data import story_metrics as story_figures
 
 import numpy as np
 import torch
@@ -57,14 +60,8 @@ ROWS_AT_ONCE = 10_000
 # -----------------------------------------------------------------------------
 # Options
 
-def whole(text):
-    """argparse type: a whole number from 1 to 100,000."""
-    return in_range(text, int, 1, 100_000, 'a whole number from 1 to 100,000')
-
-
-def warmth(text):
-    """argparse type: a temperature."""
-    return in_range(text, float, 0.01, 100, 'a number from 0.01 to 100')
+whole = number(int, 1, 100_000)
+warmth = number(float, 0.01, 100)
 
 
 def check_shape(length, vocab, width):

@@ -1,11 +1,12 @@
 """Turn text into data/<name>/{train,val}.bin and meta.json, ready for train_teacher.py.
 
-    python prepare_data.py           # stories: small sums told in English, each text checkable
-    python prepare_data.py pydocs    # the prose inside your own Python; needs no network either
-    python prepare_data.py dates     # ISO date -> one of eight written forms, checkable
-    python prepare_data.py lm1b      # from the hub, as are owt, qqp, shakespeare, ...; see -h
+    python prepare_data.py              # stories: small sums told in English, each one checkable
+    python prepare_data.py dates        # pairs: an ISO date and one of its eight written forms
+    python prepare_data.py pydocs       # the prose inside your own Python; needs no network either
+    python prepare_data.py captions     # from the Hugging Face hub, as are the others; see -h
     python prepare_data.py mine --input a.txt b.txt.gz --tokenizer gpt2 --length 128
-    python prepare_data.py names --input names.txt --rows --tokenizer byte --length 16
+    python prepare_data.py names --input names.txt --rows
+    python prepare_data.py en-fr --input a.en a.fr --parallel
 
 The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the complete tokenizer and
     kind: rows    of `length` ids: text <eos> <pad> ..., of pairs source <sep> <pad> ... text <eos>
@@ -13,7 +14,10 @@ The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the com
 """
 import argparse
 import ast
+import bz2
 import calendar
+import codecs
+import csv
 import datetime
 import errno
 import functools
@@ -21,6 +25,7 @@ import gzip
 import io
 import json
 import logging
+import lzma
 import math
 import os
 import pydoc_data.topics
@@ -35,9 +40,11 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import regex        # comes with tiktoken; unlike re it knows Unicode's letters and marks
 
 SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every tokenizer
 FORMAT = 1                                          # of data folders
@@ -72,38 +79,22 @@ def run_script(main):
         # a reader that stops, such as `| head`, ends a script without a word, as it does cat
         mute_stdout()
         raise SystemExit(128 + 13) from None
-    except MemoryError:
-        fail(OUT_OF_MEMORY)
-    except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            fail('out of memory; give less text, write fewer rows, or train with a smaller --batch '
+                 'or more --micro-batches, the parts that a batch is computed in')
+        if getattr(error, 'errno', None) != errno.ENOSPC or error.filename:
             raise
         mute_stdout()
         fail(f'stdout: {why_not(error)}')
-    except RuntimeError as error:
-        # torch's, which is not imported here: of a GPU, and of a CPU
-        if type(error).__name__ != 'OutOfMemoryError' and 'allocate memory' not in str(error):
-            raise
-        fail(OUT_OF_MEMORY)
 
 
-OUT_OF_MEMORY = ('out of memory; write fewer rows, or train with a smaller --batch, or with more '
-                 '--micro-batches, the parts that a batch is computed in')
-
-
-def mute_stdout():
-    """What is printed from here on goes nowhere, without an error, even when Python exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(text):
-    """Print a line of a long run, which goes on if nobody reads it, or the disk is full."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        mute_stdout()
-        with suppress(OSError):
-            print(f'{Path(sys.argv[0]).name}: stdout: {error.strerror}; going on without it',
-                  file=sys.stderr)
+def out_of_memory(error):
+    """Whether Python, numpy or torch ran out of memory, on a CPU or a GPU."""
+    # torch is not imported here, and has a class of its own only for GPUs
+    if isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError':
+        return True
+    return "can't allocate memory" in str(error) or 'DefaultCPUAllocator' in str(error)
 
 
 def say_stopped():
@@ -131,12 +122,27 @@ def as_word(path):
     return f'./{path}' if str(path).startswith('-') else str(path)
 
 
+def mute_stdout():
+    """What is printed from here on goes nowhere, without an error, even when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text):
+    """Print a line of a long run, which goes on if nobody reads it, or the disk is full."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        mute_stdout()
+        with suppress(OSError):
+            print(f'{Path(sys.argv[0]).name}: stdout: {error.strerror}; going on without it',
+                  file=sys.stderr)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and ends each option's help with its default."""
 
     def _get_help_string(self, action):
-        # nothing, no and empty are no defaults worth a word
-        # (0 is one, and equals False)
+        # 0 is a default worth showing, and equals False
         if action.default is False or action.default in (None, '', argparse.SUPPRESS):
             return action.help
         return f'{action.help} [%(default)s]'
@@ -150,45 +156,51 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **how)
 
     def error(self, message):
+        if 'expected' in message and 'argument' in message:
+            message += '; a value that begins with "-" is written with "=", as in --prompt=-x'
+        elif message.startswith('unrecognized arguments') and ' -' not in message:
+            message += '; each value goes after its option, as in --input FILE'
         fail(f'{message}  (-h lists the options)')
 
 
-def in_range(text, kind, low, high, what):
-    """The number that an option's text stands for; outside [low, high] an error that says so."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    # every comparison with nan is false, so nan is refused too
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f'{text[:40]!r} is not {what}')
-    return value
-
-
 def number(kind, low, high):
-    """An argparse type: a number from low to high."""
+    """An argparse type: an int or a float from low to high."""
     name = 'a whole number' if kind is int else 'a number'
-    return lambda text: in_range(text, kind, low, high, f'{name} from {low:,} to {high:,}')
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        # every comparison with nan is false, so nan is refused too
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f'{text[:40]!r} is not {name} from {low:,} to {high:,}')
+        return value
+
+    return parse
 
 
-def nonnegative_int(text):
-    """argparse type: a whole number from 0 to 1e9."""
-    return in_range(text, int, 0, 10 ** 9, 'a whole number from 0 to 1,000,000,000')
+nonnegative_int = number(int, 0, 10 ** 9)
+positive_int = number(int, 1, 10 ** 9)
+fraction = number(float, 0, 1)
+nonnegative = number(float, 0, 10 ** 9)
 
 
-def positive_int(text):
-    """argparse type: a whole number from 1 to 1e9."""
-    return in_range(text, int, 1, 10 ** 9, 'a whole number from 1 to 1,000,000,000')
+def progress(what):
+    """A function to call with the fraction that is done; it prints a line every few seconds."""
+    start = time.time()
+    last = start
 
+    def tell(done):
+        nonlocal last
+        now = time.time()
+        if now - last > 4:
+            last = now
+            left = (now - start) * (1 - done) / done
+            say(f'{what}: {done:.0%}, {left:.0f} s left')
 
-def fraction(text):
-    """argparse type: a number from 0 to 1."""
-    return in_range(text, float, 0, 1, 'a number from 0 to 1')
-
-
-def nonnegative(text):
-    """argparse type: a finite number from 0."""
-    return in_range(text, float, 0, sys.float_info.max, 'a finite number from 0 up')
+    return tell
 
 
 def why_not(error):
@@ -200,6 +212,12 @@ def why_not(error):
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f'{reason}; name a folder that you may write to'
     return f'{reason}; name another folder'
+
+
+def check_replace(path, overwrite, what):
+    """Stop if `path` exists, unless --overwrite was given; `what` says what would be lost."""
+    if os.path.exists(path) and not overwrite:
+        fail(f'{path} exists: {what}; add --overwrite to replace it, or choose another name')
 
 
 def write_whole(path, data):
@@ -225,44 +243,59 @@ def write_whole(path, data):
 # -----------------------------------------------------------------------------
 # Tokenizers: a dict {name, pattern, tokens as latin-1 strings in rank order}
 
-# a word, a digit or a run of punctuation, each with at most one space before it
-WORDS = r' ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+'
-LONGEST_WORD = 64
-DATE_TOKENS = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
-STORY_TOKENS = r' [A-Za-z]+|\.'                                         # V is 109, L is 21
+# BPE merges within a word, a digit or a run of punctuation, each with at most one space before it.
+# Combining marks and joiners count as letters, or vowel signs would split the words of Hindi, Thai
+# or Arabic
+BPE_PIECES = (r' ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}|'
+              r' ?[^\s\p{L}\p{M}\p{N}\u200c\u200d][^\s\p{L}\p{N}]*|\s+')
+LONGEST_PIECE = 64
+CHUNK = 1_000_000       # characters that are encoded at once
+# tokenizers of whole words have no bytes to fall back on
+DATE_PIECES = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
+STORY_PIECES = r' [A-Za-z]+|\.'                                         # V is 109, L is 21
+# a word, with the marks, apostrophes and hyphens inside it, or else a single character
+WORD_PIECES = (r" ?(?:[\p{L}\p{M}\p{N}\u200c\u200d]+(?:['\u2019\u2010-][\p{L}\p{M}\p{N}]+)*"
+               r"|[^ ])")
+WHOLE_WORDS = {'dates': DATE_PIECES, 'stories': STORY_PIECES, 'words': WORD_PIECES}
 
 
-def count_words(texts):
-    """How often each word of WORDS occurs; longer ones are cut into pieces of LONGEST_WORD."""
+def as_latin(token):
+    """A token as JSON can hold it: each of its bytes as the character of the same number."""
+    return token.encode().decode('latin-1')
+
+
+def count_pieces(texts):
+    """How often each piece of BPE_PIECES occurs; longer ones are cut at LONGEST_PIECE."""
+    tell = progress('counting words')
     counts = Counter()
-    for text in texts:
-        counts.update(match[0] for match in re.finditer(WORDS, text))
+    for chunk, _, done in chunks_of(texts):
+        counts.update(regex.findall(BPE_PIECES, chunk))
+        tell(done)
     pieces = Counter()
-    for word, n in counts.items():
+    for piece, n in counts.items():
         # a line of ten million letters is no word: every merge would go through all of it
-        for start in range(0, len(word), LONGEST_WORD):
-            pieces[word[start:start + LONGEST_WORD]] += n
+        for start in range(0, len(piece), LONGEST_PIECE):
+            pieces[piece[start:start + LONGEST_PIECE]] += n
     return pieces
 
 
 def train_bpe(texts, size):
-    """Byte-level BPE (arXiv:1508.07909): merge the most frequent pair of neighbours until there
+    """Byte-level BPE (arXiv:1508.07909): merge the most frequent pair of neighbors until there
     are `size` tokens, or no pair is left. Returns a tokenizer dict."""
-    counts = count_words(texts)
+    # the same pieces that tiktoken will merge within, or merges would be learned in vain
+    counts = count_pieces(texts)
     times = list(counts.values())
     # fast in plain Python: a merge is one str.replace in each word that has the pair.
-    # a word is a string of pieces, each between two bars of its own; its bytes are the characters
-    # 0-255
+    # a word is a string of symbols, each between two bars of its own; its bytes are the
+    # characters 0-255
     bar = '\u0100'
-    words = []
-    for word in counts:
-        words.append(bar + (bar + bar).join(word.encode().decode('latin-1')) + bar)
-    pairs = Counter()               # pair of neighbouring pieces -> how often it occurs
+    words = [bar + (bar + bar).join(as_latin(word)) + bar for word in counts]
+    pairs = Counter()               # pair of neighboring symbols -> how often it occurs
     where = defaultdict(set)        # pair -> the words that have it
 
     def count_pairs(i, sign):
-        pieces = words[i][1:-1].split(bar + bar)
-        for pair in zip(pieces, pieces[1:]):
+        symbols = words[i][1:-1].split(bar + bar)
+        for pair in zip(symbols, symbols[1:]):
             pairs[pair] += sign * times[i]
             where[pair].add(i)
 
@@ -270,13 +303,14 @@ def train_bpe(texts, size):
     for i in range(len(words)):
         count_pairs(i, 1)
     tokens = dict.fromkeys(map(chr, range(256)))        # a set that keeps its order
+    tell = progress('learning tokens')
     while len(tokens) + len(SPECIAL) < size and pairs:
         # ties go to the pair that was seen first
         best = max(pairs, key=pairs.get)
         # every word is one token already
         if pairs[best] == 0:
             break
-        # the bars tell |a|b| from a piece that only ends in a, or begins with b
+        # the bars tell |a|b| from a symbol that only ends in a, or begins with b
         first, second = best
         tokens[first + second] = None
         apart = f'{bar}{first}{bar}{bar}{second}{bar}'
@@ -286,7 +320,23 @@ def train_bpe(texts, size):
             words[i] = words[i].replace(apart, joined)
             count_pairs(i, 1)
         del pairs[best]
-    return {'name': f'bpe:{len(tokens) + len(SPECIAL)}', 'pattern': WORDS, 'tokens': list(tokens)}
+        tell((len(tokens) - 256) / (size - 256))
+    name = f'bpe:{len(tokens) + len(SPECIAL)}'
+    return {'name': name, 'pattern': BPE_PIECES, 'tokens': list(tokens)}
+
+
+def learn_words(how, texts):
+    """The tokenizer dict of dates, stories or words:N: all words and marks that occur, or the most
+    frequent ones, N with the special tokens."""
+    name, _, size = how.partition(':')
+    counts = Counter()
+    for text in texts:
+        counts.update(split_words(name, text))
+    wanted = int(size) - len(SPECIAL) if size else None
+    tokens = sorted(piece for piece, _ in counts.most_common(wanted))
+    if size:
+        how = f'words:{len(tokens) + len(SPECIAL)}'
+    return {'name': how, 'pattern': WHOLE_WORDS[name], 'tokens': [as_latin(t) for t in tokens]}
 
 
 def read_bert(path):
@@ -301,9 +351,7 @@ def read_bert(path):
         tokens[token] = None
     # a regular expression takes the first that fits: here the longest
     pattern = '|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    # JSON has no bytes: each is written as the character of the same number
-    latin = [token.encode().decode('latin-1') for token in tokens]
-    return {'name': 'bert', 'pattern': pattern, 'tokens': latin}
+    return {'name': 'bert', 'pattern': pattern, 'tokens': [as_latin(token) for token in tokens]}
 
 
 def read_gpt2():
@@ -320,23 +368,20 @@ def read_gpt2():
 
 def check_tokenizer(how):
     """Stop at a --tokenizer that cannot be made, before any text is read."""
-    if how in ('gpt2', 'byte', 'dates', 'stories'):
-        return
+    if not re.fullmatch('gpt2|byte|bert:.+|(bpe|words):[0-9]+', how):
+        fail(f'--tokenizer {how}: must be gpt2, byte, bpe:N, words:N or bert:vocab.txt')
+    name, _, rest = how.partition(':')
     # a folder of BERT's weights has a vocab.txt
-    if how.startswith('bert:'):
-        if not os.path.isfile(how[5:]):
-            fail(f'--tokenizer {how}: there is no such file of BERT\'s vocabulary')
-        return
-    if not re.fullmatch('bpe:[0-9]+', how):
-        fail(f'--tokenizer {how}: must be gpt2, byte, bpe:N or bert:vocab.txt')
-    # 256 bytes and four special tokens are there anyway, and uint16 ends at 65535
-    if not 300 <= int(how[4:][:10]) <= 60000:
-        fail(f'--tokenizer {how}: N must be from 300 to 60000')
+    if name == 'bert' and not os.path.isfile(rest):
+        fail(f'--tokenizer {how}: there is no such file of BERT\'s vocabulary')
+    # bytes and special tokens are there anyway, and uint16 ends at 65535
+    low = {'bpe': 300, 'words': 10}.get(name)
+    if low and not low <= int(rest[:10]) <= 60000:
+        fail(f'--tokenizer {how}: N must be from {low} to 60000')
 
 
 def make_tokenizer(how, texts):
-    """The tokenizer dict for gpt2, byte, bpe:N, bert:FILE, or the words of dates or stories."""
-    check_tokenizer(how)
+    """The tokenizer dict for gpt2, byte, bpe:N, words:N, bert:FILE, dates or stories."""
     if how == 'gpt2':
         return read_gpt2()
     if how == 'byte':
@@ -346,13 +391,7 @@ def make_tokenizer(how, texts):
         return train_bpe(texts, int(how[4:]))
     if how.startswith('bert:'):
         return read_bert(how[5:])
-    # dates and stories: the pieces that occur
-    pattern = DATE_TOKENS if how == 'dates' else STORY_TOKENS
-    before = '' if how == 'dates' else ' '
-    pieces = set()
-    for text in texts:
-        pieces.update(re.findall(pattern, before + text))
-    return {'name': how, 'pattern': pattern, 'tokens': sorted(pieces)}
+    return learn_words(how, texts)
 
 
 def make_encoding(spec):
@@ -365,66 +404,73 @@ def make_encoding(spec):
                              special_tokens=special)
 
 
+def split_words(name, text):
+    """The pieces of a text that a tokenizer of WHOLE_WORDS knows, or does not know; together they
+    are the text, but for runs of spaces."""
+    if name == 'dates':
+        return re.findall(DATE_PIECES + '|.', text, re.DOTALL)
+    pieces = regex.findall(WORD_PIECES, text)
+    # the first word is the same token as any other, which has a space before it
+    if pieces and pieces[0][0].isalnum():
+        pieces[0] = ' ' + pieces[0]
+    return pieces
+
+
 def encode(encoding, text, unknown=None):
-    """A text's token ids. A word of dates and stories, or a character of BERT, that is unknown is
-    an error that names it; those of BERT are counted instead in the Counter `unknown`, if given."""
-    if encoding.name == 'bert':
-        # BERT knows lower case without accents, and each punctuation mark as a word; in the form
-        # NFD an accent is a character of its own
-        plain = re.sub('[\u0300-\u036f]', '', unicodedata.normalize('NFD', text.lower()))
-        words = re.findall(r'[^\W_]+|[^\w\s]|_', plain)
-        spaced = ''.join(' ' + word for word in words)
-        ids = encoding.encode_ordinary(spaced)
-        # tiktoken drops in silence what fits no token; what comes back has only the rest
-        written = encoding.decode(ids)
-        dropped = Counter()
-        if written != spaced:
-            dropped = Counter(spaced) - Counter(written)
-        # a mark that begins no word of the vocabulary is written without its space
-        del dropped[' ']
-        if dropped and unknown is None:
-            fail(f'{next(iter(dropped))!r} is not in the vocabulary of bert')
-        if dropped:
-            unknown.update(dropped)
-        return ids
-    if encoding.name == 'dates':
-        # any other character is a piece, too, so that it is found to be unknown
-        return known_pieces(encoding, re.findall(DATE_TOKENS + '|.', text, re.DOTALL))
-    if encoding.name == 'stories':
-        # each word takes the space before it along, however many there are
-        words = re.findall(r'[^\s.]+|\.', text)
-        pieces = [word if word == '.' else ' ' + word for word in words]
-        return known_pieces(encoding, pieces)
-    return encoding.encode_ordinary(text)
-
-
-def known_pieces(encoding, pieces):
-    """The ids of pieces that are tokens; these tokenizers have no bytes to fall back on."""
-    ids = []
-    for piece in pieces:
-        try:
-            ids.append(encoding.encode_single_token(piece))
-        except KeyError:
-            fail(f'{piece.strip()!r} is not in the vocabulary of {encoding.name}')
+    """A text's token ids. What the tokenizer cannot write is an error that names it, unless it is
+    to be counted in the Counter `unknown`."""
+    name = encoding.name.partition(':')[0]
+    missing = Counter()
+    if name in WHOLE_WORDS:
+        ids = []
+        for piece in split_words(name, text):
+            try:
+                ids.append(encoding.encode_single_token(piece))
+            except KeyError:
+                missing[piece.strip() or piece] += 1
+    elif name == 'bert':
+        ids, missing = encode_bert(encoding, text)
+    else:
+        # of bytes any text can be made
+        return encoding.encode_ordinary(text)
+    if missing and unknown is None:
+        fail(f'{next(iter(missing))!r} is not in the vocabulary of {encoding.name}')
+    if missing:
+        unknown.update(missing)
     return ids
+
+
+def encode_bert(encoding, text):
+    """(ids, Counter of the characters that are dropped) with BERT's vocabulary."""
+    # BERT knows lower case without accents, which NFD sets apart, and each mark as a word
+    plain = re.sub('[\u0300-\u036f]', '', unicodedata.normalize('NFD', text.lower()))
+    words = re.findall(r'[^\W_]+|[^\w\s]|_', plain)
+    spaced = ''.join(' ' + word for word in words)
+    ids = encoding.encode_ordinary(spaced)
+    # tiktoken drops in silence what fits no token
+    dropped = Counter(spaced) - Counter(encoding.decode(ids))
+    # a mark that begins no word of the vocabulary is written without its space
+    del dropped[' ']
+    return ids, dropped
 
 
 def decode(encoding, ids):
     """The text of token ids, without the space that `encode` has put before the first word."""
     text = encoding.decode(ids)
-    if encoding.name in ('bert', 'stories'):
+    if encoding.name.partition(':')[0] in ('bert', 'stories', 'words'):
         return text.removeprefix(' ')
     return text
 
 
 # -----------------------------------------------------------------------------
-# dates: the exact yardstick of pairs. One source, eight right answers, all samples checkable
-# ours: in no paper; a model that writes only one of the forms, or mixes two, is found out
+# dates: pairs with an exact measure. Each source has eight right answers, so every sample can be
+# checked
+# ours: in no paper; it exposes a model that writes only one of the forms, or mixes two
 
 
 def date_forms(iso):
-    """The eight written forms of an ISO date: '1987-03-23' -> ('March 23, 1987', ...); of any
-    other text none."""
+    """The eight written forms of an ISO date, '1987-03-23' -> ('March 23, 1987', ...); none of
+    any other text."""
     try:
         date = datetime.date.fromisoformat(iso)
     except ValueError:
@@ -453,12 +499,12 @@ def dates():
 
 
 # -----------------------------------------------------------------------------
-# stories: the exact yardstick of text. 7.9 million texts, each with a known probability
+# stories: text with an exact measure. 7.9 million texts, each with a known probability
 #   Nora has four old books. She gives one to Ben. Now she has three books.
 #   Tom has three coins in the boat. He finds five more. Now he has eight coins.
 #   Sam and Ben have three cakes each. Together they have six cakes. Sam is happy.
 #   There are eight big books in the drawer. Paul takes seven for Anna. One book is left.
-# ours: in no paper; of real text nobody knows the law, so no figure can say how far a model is off
+# ours: in no paper; the distribution of real text is unknown, so no metric can be exact there
 
 GIRLS = ['Anna', 'Clara', 'Emma', 'Julia', 'Lucy', 'Mary', 'Nora', 'Ruth']
 BOYS = ['Ben', 'Jack', 'Leo', 'Max', 'Paul', 'Peter', 'Sam', 'Tom']
@@ -466,7 +512,7 @@ THINGS = {'apple': 'apples', 'ball': 'balls', 'berry': 'berries', 'book': 'books
           'cake': 'cakes', 'coin': 'coins', 'egg': 'eggs', 'key': 'keys', 'leaf': 'leaves',
           'pear': 'pears', 'stone': 'stones'}
 QUALITIES = ['big', 'good', 'new', 'old', 'small']
-COLOURS = ['black', 'blue', 'brown', 'green', 'red', 'white']
+COLORS = ['black', 'blue', 'brown', 'green', 'red', 'white']
 NUMBERS = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten',
            'eleven', 'twelve']      # zero is never written
 
@@ -474,7 +520,7 @@ NUMBERS = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight
 CHOICES = {
     'name': GIRLS + BOYS,
     'thing': list(THINGS),
-    'adjective': QUALITIES + COLOURS,
+    'adjective': QUALITIES + COLORS,
     'quality': QUALITIES,
     'place': ['bag', 'boat', 'drawer', 'garden', 'kitchen', 'shed'],
 }
@@ -508,16 +554,16 @@ def story_changes(plot, number):
     return list(range(1, number))
 
 
-def number_law(plot):
+def number_distribution(plot):
     """{(number, change): probability}: the first number is uniform, then the second is."""
-    # of one thing nothing can be given away such that some is left
+    # one thing cannot be given away such that some is left
     first = [number for number in range(1, 13) if story_changes(plot, number)]
-    law = {}
+    distribution = {}
     for number in first:
         changes = story_changes(plot, number)
         for change in changes:
-            law[number, change] = 1 / len(first) / len(changes)
-    return law
+            distribution[number, change] = 1 / len(first) / len(changes)
+    return distribution
 
 
 def write_story(story):
@@ -538,8 +584,8 @@ def write_story(story):
 
 
 def draw_story(rng):
-    """One text by the law, rng a random.Random: the four plots are equally likely, each slot of
-    CHOICES is uniform, two names differ, either may be happy, numbers are as in `number_law`."""
+    """Sample one text, rng a random.Random: the four plots are equally likely, each slot of CHOICES
+    is uniform, two names differ, either may be happy, numbers follow `number_distribution`."""
     plot = rng.choice(list(PLOTS))
     numbers = [number for number in range(1, 13) if story_changes(plot, number)]
     number = rng.choice(numbers)
@@ -553,7 +599,7 @@ def draw_story(rng):
 
 
 def story_reader(template):
-    """The regular expression that reads a plot; in each slot only its own words are read."""
+    """The regular expression that parses a plot; a slot matches only its own words."""
     names, numbers = GIRLS + BOYS, NUMBERS[1:]
     things = [*THINGS, *THINGS.values()]
     words = {**CHOICES, 'other': names, 'happy': names, 'number': numbers, 'change': numbers,
@@ -561,26 +607,24 @@ def story_reader(template):
              'things': things, 'rest': things, 'she': ['she', 'he'], 'She': ['She', 'He'],
              'are': ['is', 'are'], 'remain': ['is', 'are']}
     pattern = template.replace('.', r'\.')
-    for slot, known in words.items():
-        pattern = pattern.replace(f'{{{slot}}}', f'(?P<{slot}>{"|".join(known)})')
+    for slot, choices in words.items():
+        pattern = pattern.replace(f'{{{slot}}}', f'(?P<{slot}>{"|".join(choices)})')
     return re.compile(pattern)
 
 
-READERS = {plot: story_reader(template) for plot, template in PLOTS.items()}
+STORY_READERS = {plot: story_reader(template) for plot, template in PLOTS.items()}
 SINGULAR = {plural: thing for thing, plural in THINGS.items()}
 
 
 def read_story(text):
     """The slots of a well-formed story as a dict: plot, name, thing, number (the first), change,
     result, ..., and `right`: whether the sum is. None where words or their agreement are wrong."""
-    for plot, reader in READERS.items():
+    for plot, reader in STORY_READERS.items():
         found = reader.fullmatch(text)
         if found:
             story = story_slots(plot, found.groupdict())
             # written anew it is the same text, if pronoun, plurals and verbs agree
-            if story is None or write_story(story) != text:
-                return None
-            return story
+            return story if story and write_story(story) == text else None
     return None
 
 
@@ -605,17 +649,15 @@ def story_slots(plot, words):
 
 def story_ways(plot):
     """In how many ways a plot's slots other than its numbers can be filled."""
-    names = len(CHOICES['name'])
-    pairs = names * (names - 1)
-    things = len(CHOICES['thing'])
-    places = len(CHOICES['place'])
-    if plot == 'give':
-        return pairs * things * len(CHOICES['adjective'])
-    if plot == 'find':
-        return names * things * places
-    if plot == 'share':
-        return pairs * things * 2       # either is happy
-    return pairs * things * places * len(CHOICES['quality'])
+    template = PLOTS[plot]
+    # {things} is the slot `thing`
+    ways = math.prod(len(words) for slot, words in CHOICES.items() if '{' + slot in template)
+    if '{other}' in template:
+        ways *= len(CHOICES['name']) - 1
+    # either of the two may be happy
+    if '{happy}' in template:
+        ways *= 2
+    return ways
 
 
 def story_probability(text):
@@ -624,33 +666,33 @@ def story_probability(text):
     if story is None or not story['right']:
         return 0.0
     plot = story['plot']
-    numbers = number_law(plot)[story['number'], story['change']]
+    numbers = number_distribution(plot)[story['number'], story['change']]
     return numbers / len(PLOTS) / story_ways(plot)
 
 
 def expected_seen(n_train):
-    """The share of the law's samples that are among n_train independent draws: the sum over all
+    """The fraction of samples that also occur among n_train independent ones: the sum over all
     texts of p (1 - (1 - p)^n). Texts of one plot and the same numbers are equally likely."""
     seen = 0.0
     for plot in PLOTS:
-        for p in number_law(plot).values():
+        for p in number_distribution(plot).values():
             # the probability of each of these texts
             each = p / len(PLOTS) / story_ways(plot)
             seen += p / len(PLOTS) * -math.expm1(n_train * math.log1p(-each))
     return seen
 
 
-def story_law(slot):
-    """The exact law of a plot and one slot: {(plot, value): probability}."""
-    law = defaultdict(float)
+def story_distribution(slot):
+    """The exact joint distribution of plot and one slot: {(plot, value): probability}."""
+    distribution = defaultdict(float)
     for plot in PLOTS:
         if slot == 'number':
-            for (number, _), p in number_law(plot).items():
-                law[plot, number] += p / len(PLOTS)
+            for (number, _), p in number_distribution(plot).items():
+                distribution[plot, number] += p / len(PLOTS)
         else:
             for value in CHOICES[slot]:
-                law[plot, value] += 1 / len(PLOTS) / len(CHOICES[slot])
-    return law
+                distribution[plot, value] += 1 / len(PLOTS) / len(CHOICES[slot])
+    return distribution
 
 
 def entropy(weights):
@@ -659,8 +701,13 @@ def entropy(weights):
     return sum(w / total * math.log(total / w) for w in weights if w > 0)
 
 
-def divergence(p, q):
-    """Jensen-Shannon divergence in nats of two laws, dicts of counts or probabilities."""
+def entropy_of(items):
+    """Entropy in nats of how often each item occurs."""
+    return entropy(Counter(items).values())
+
+
+def jensen_shannon(p, q):
+    """Jensen-Shannon divergence in nats of two distributions, dicts of counts or probabilities."""
     p_total = sum(p.values())
     q_total = sum(q.values())
     # H((p + q) / 2) - (H(p) + H(q)) / 2
@@ -669,40 +716,39 @@ def divergence(p, q):
     return entropy(middle) - (entropy(p.values()) + entropy(q.values())) / 2
 
 
-def story_figures(texts):
-    """Exact figures of a list of texts, a dict of floats.
-    well_formed, valid, unique: shares of all texts. Of the valid ones slot_entropy: that of plot,
-    name, thing and number over the law's own, mean of the four; slot_divergence: Jensen-Shannon in
-    nats between theirs and the law of (plot, number) and (plot, thing), mean of the two."""
-    stories = [story for story in map(read_story, texts) if story]
-    valid = [story for story in stories if story['right']]
-    figures = {'well_formed': len(stories) / max(1, len(texts)),
-               'valid': len(valid) / max(1, len(texts)), 'slot_entropy': 0.0,
-               'slot_divergence': math.log(2), 'unique': len(set(texts)) / max(1, len(texts))}
-    # of no text at all: entropy 0, the largest divergence there is
+def story_metrics(texts):
+    """Exact metrics of a list of texts, a dict of floats.
+    well_formed, valid, unique: fractions of all texts. Over the valid ones, slot_entropy: entropy
+    of plot, name, thing and number relative to the true one, averaged; slot_divergence:
+    Jensen-Shannon to the true (plot, number) and (plot, thing) in nats, averaged."""
+    parsed = [story for story in map(read_story, texts) if story]
+    valid = [story for story in parsed if story['right']]
+    n = max(1, len(texts))
+    metrics = {'well_formed': len(parsed) / n, 'valid': len(valid) / n, 'slot_entropy': 0.0,
+               'slot_divergence': math.log(2), 'unique': len(set(texts)) / n}
+    # without any text: entropy 0, and the largest divergence there is
     if not valid:
-        return figures
-    # a plot is uniform, whatever the slot beside it
-    ratios = [entropy(Counter(s['plot'] for s in valid).values()) / math.log(len(PLOTS))]
+        return metrics
+    # plots are equally likely
+    ratios = [entropy_of(story['plot'] for story in valid) / math.log(len(PLOTS))]
     for slot in ('name', 'thing', 'number'):
         # of the slot alone, whatever the plot
-        law = defaultdict(float)
-        for (_, value), p in story_law(slot).items():
-            law[value] += p
-        found = Counter(s[slot] for s in valid)
-        ratios.append(entropy(found.values()) / entropy(law.values()))
-    figures['slot_entropy'] = sum(ratios) / len(ratios)
-    # at most 48 cells each, so that 500 samples say something
+        marginal = defaultdict(float)
+        for (_, value), p in story_distribution(slot).items():
+            marginal[value] += p
+        ratios.append(entropy_of(story[slot] for story in valid) / entropy(marginal.values()))
+    metrics['slot_entropy'] = sum(ratios) / len(ratios)
+    # at most 48 cells each, few enough for 500 samples
     gaps = []
     for slot in ('number', 'thing'):
-        found = Counter((s['plot'], s[slot]) for s in valid)
-        gaps.append(divergence(found, story_law(slot)))
-    figures['slot_divergence'] = sum(gaps) / len(gaps)
-    return figures
+        found = Counter((story['plot'], story[slot]) for story in valid)
+        gaps.append(jensen_shannon(found, story_distribution(slot)))
+    metrics['slot_divergence'] = sum(gaps) / len(gaps)
+    return metrics
 
 
 def stories(n=150_000):
-    """n texts by the law, always the same. Frequent ones are there more than once."""
+    """n sampled texts, always the same ones; frequent texts occur more than once."""
     rng = random.Random(0)
     return [draw_story(rng) for _ in range(n)]
 
@@ -758,277 +804,84 @@ def sentences(texts):
 
 
 # -----------------------------------------------------------------------------
-# Texts of the hub, read by `datasets`
+# Data sets that need no network, and those of the hub; what is not set is chosen to suit the text
 
-# tokenizer and length of the texts that need no network
-BUILT_IN = {'stories': ('stories', 21), 'dates': ('dates', 23), 'pydocs': ('bpe:2048', 32)}
-PARQUET = 'refs/convert/parquet'    # a branch; `datasets` runs no scripts any more
-# lm1b and owt as long as in FLM, whose tokenizer of lm1b is BERT's (--tokenizer bert:vocab.txt);
-# ours: the others, small enough for a laptop. Of a stream so many documents at its end are held
-# out, 0: --val
-HUB = {     # tokenizer, length, documents held out, where
-    'lm1b': ('gpt2', 128, 306_688, dict(path='billion-word-benchmark/lm1b', revision=PARQUET)),
-    'owt': ('gpt2', 1024, 100_000, dict(path='Skylion007/openwebtext')),
-    'shakespeare': ('bpe:2048', 32, 0, dict(path='karpathy/tiny_shakespeare', revision=PARQUET)),
-    'qqp': ('bpe:2048', 40, 0, dict(path='nyu-mll/glue', name='qqp')),      # asked on Quora
-    'tinystories': ('bpe:4096', 128, 21_990, dict(path='roneneldan/TinyStories')),
-    'wikitext': ('gpt2', 128, 3_760, dict(path='Salesforce/wikitext', name='wikitext-103-raw-v1',
-                                          split='train+validation')),
+BUILT_IN = {
+    'stories': dict(tokenizer='stories', length=21),
+    'dates': dict(tokenizer='dates', length=23),
+    'pydocs': dict(tokenizer='bpe:2048', length=32),
 }
-# the columns of a pair, source and text; otherwise one column `text` is needed
-PAIRS = [('src', 'trg'), ('src', 'tgt'), ('source', 'target'), ('question1', 'question2')]
+PARQUET = 'refs/convert/parquet'    # a branch; `datasets` runs no scripts any more
+# the columns of texts or of pairs
+HUB_ROWS = {
+    'captions': dict(path='sentence-transformers/flickr30k-captions', config='pair',
+                     columns=['caption1', 'caption2'], tokenizer='words:2000'),
+    'snli': dict(path='stanfordnlp/snli', columns=['hypothesis'], tokenizer='words:2000'),
+    # asked on Quora
+    'qqp': dict(path='nyu-mll/glue', config='qqp', columns=['question1', 'question2'],
+                tokenizer='bpe:2048', length=40),
+}
+# the column `text`; the last documents are the usual test set, and at most `test` are held out.
+# lm1b and owt have the lengths of FLM, which takes BERT's tokenizer for lm1b (--tokenizer
+# bert:vocab.txt); ours: the others, small enough for a laptop
+HUB_STREAMS = {
+    'shakespeare': dict(path='karpathy/tiny_shakespeare', revision=PARQUET, tokenizer='bpe:2048'),
+    'tinystories': dict(path='roneneldan/TinyStories', test=21_990,
+                        tokenizer='bpe:4096', length=128),
+    'text8': dict(path='afmck/text8', split='train+validation+test', test=1,
+                  tokenizer='byte', length=256),
+    'wikitext': dict(path='Salesforce/wikitext', config='wikitext-103-raw-v1',
+                     split='train+validation', test=3_760,
+                     tokenizer='gpt2', length=128),
+    'lm1b': dict(path='billion-word-benchmark/lm1b', revision=PARQUET, test=306_688,
+                 tokenizer='gpt2', length=128),
+    'owt': dict(path='Skylion007/openwebtext', test=100_000,
+                tokenizer='gpt2', length=1024),
+}
+HUB = {**HUB_ROWS, **HUB_STREAMS}
+SETS = {**BUILT_IN, **HUB}
 
 
-def pick_columns(found, where):
-    """Of the columns found those that are needed: a pair's two, or ('text',)."""
-    for pair in PAIRS:
-        if set(pair) <= set(found):
-            return pair
-    if 'text' in found:
-        return ('text',)
-    names = ', '.join(map(str, found)) or 'none'
-    fail(f'{where}: has the columns {names}; needs "text", or two such as "src" and "trg"')
-
-
-def make_cache(cache):
-    """The folder of `datasets`, made here so that one that cannot be written to is told apart."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cache).close()
-    except OSError as error:
-        fail(f'{cache}: the cache cannot be written: {why_not(error)}')
-
-
-def load_hub(name, cache):
-    """A table with a column `text`, or of qqp the list of pairs that ask the same."""
-    # its own splits are put together; held out is the end, where its test split stands
-    how = {'split': 'all', **HUB[name][3]}
-    make_cache(cache)
+def load_hub(name, cache, left_out):
+    """The texts or pairs of one of HUB, or a column of documents, which stays on the disk."""
+    hub = HUB[name]
     try:
         import datasets
     except ImportError:
-        fail('this needs a package more; run: pip install datasets')
-    datasets.disable_progress_bars()
-    logging.disable()               # of the hub's client: it tells of each of its retries
+        fail('this needs one more package; run: pip install datasets')
     try:
-        table = datasets.load_dataset(**how, cache_dir=str(cache))
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f'{cache}: the cache cannot be written: {why_not(error)}')
+    say(f'reading {hub["path"]}, from the hub or from {cache} ...')
+    logging.disable()               # the hub's client reports each of its retries
+    try:
+        # all splits are put together: held out is the end
+        table = datasets.load_dataset(
+            hub['path'], hub.get('config'), split=hub.get('split', 'all'),
+            revision=hub.get('revision'), cache_dir=str(cache))
     except Exception as error:      # the library and the hub's client raise dozens of kinds
         # what went wrong below it says whether the disk was full
         for cause in (error, error.__cause__, error.__context__):
             if getattr(cause, 'errno', None) == errno.ENOSPC:
                 fail(f'{cache}: {why_not(cause)}')
-        fail(f'{how["path"]} cannot be had from the hub ({type(error).__name__}); see to the '
-             f'network, or name files of yours behind --input')
-    columns = pick_columns(table.column_names, how['path'])
-    if columns == ('text',):
-        return table.select_columns('text')
-    # only those labelled as asking the same
-    table = table.filter(lambda same: same == 1, input_columns='label')
-    return list(zip(table[columns[0]], table[columns[1]]))
-
-
-# -----------------------------------------------------------------------------
-# Files: text of any extension, .jsonl, .parquet, .tsv, each plain or .gz
-
-KINDS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet',
-         '.tsv': 'tsv', '.csv': 'csv'}
-
-
-def kind_of(path):
-    """text, jsonl, parquet, tsv or csv, by the extension before .gz; what is unknown is text."""
-    name = path.name.lower().removesuffix('.gz')
-    return KINDS.get(Path(name).suffix, 'text')
-
-
-def list_files(names):
-    """The files that --input names, all of one kind, each once; a folder stands for all files in
-    it that are not hidden."""
-    files = []
-    for name in names:
-        if os.path.isdir(name):
-            inside = []
-            for path in sorted(Path(name).rglob('*')):
-                # such as .DS_Store, or what is in .git
-                hidden = any(part.startswith('.') for part in path.relative_to(name).parts)
-                if path.is_file() and not hidden:
-                    inside.append(path)
-            if not inside:
-                fail(f'--input {name}: a folder without files')
-            files.extend(inside)
-        elif os.path.exists(name):
-            files.append(Path(name))
-        else:
-            fail(f'--input {name}: there is no such file')
-    # a folder and a file in it may both be named
-    files = list({path.resolve(): path for path in files}.values())
-    # a README beside records would be read as text
-    first = files[0]
-    for path in files:
-        if kind_of(path) == 'csv':
-            fail(f'--input {path}: a .csv is not read; save it as .tsv or .jsonl')
-        if kind_of(path) != kind_of(first):
-            fail(f'--input: mixes {kind_of(first)} ({first}) and {kind_of(path)} ({path}); '
-                 f'give files of one kind')
-    return files
-
-
-def read_bytes(path):
-    """What a file holds, unpacked if it is a .gz."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        fail(f'{path}: cannot be read ({error.strerror})')
-    # names decide, not contents: a text may begin with the same two bytes
-    if path.suffix.lower() != '.gz':
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error):
-        fail(f'{path}: not a whole .gz file; fetch or make it anew')
-
-
-def read_text(path):
-    """A file's text, without a byte-order mark, all line ends as \\n."""
-    data = read_bytes(path)
-    # no UTF-8 begins with these two bytes; a text may begin with PAR1, but not end with it, too
-    if data.startswith(b'\x1f\x8b'):
-        fail(f'{path}: is packed with gzip; its name must end in .gz')
-    if data.startswith(b'PAR1') and data.endswith(b'PAR1'):
-        fail(f'{path}: is parquet; its name must end in .parquet')
-    # utf-8-sig is UTF-8 that may begin with such a mark
-    try:
-        text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        # of what stands behind such a mark
-        line = error.object[:error.start].count(b'\n') + 1
-        fail(f'{path}, line {line}: not UTF-8; convert it, with iconv for example')
-    if '\0' in text:
-        line = text[:text.index('\0')].count('\n') + 1
-        fail(f'{path}, line {line}: has a NUL character, so it is not text')
-    return text.replace('\r\n', '\n').replace('\r', '\n')
-
-
-def lines_of(text):
-    """The lines of a text; the end of the last one begins no other."""
-    return text.removesuffix('\n').split('\n')
-
-
-def read_jsonl(path):
-    """Yield (where it stands, record) for each line that is not blank."""
-    for n, line in enumerate(lines_of(read_text(path)), 1):
-        if not line.strip():
-            continue
-        where = f'{path}, line {n}'
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            fail(f'{where}: not JSON; each line must be one record, so write an array one '
-                 f'record a line')
-        if not isinstance(record, dict):
-            fail(f'{where}: not a record; each line must be like {{"text": "..."}}, so write an '
-                 f'array one record a line')
-        yield where, record
-
-
-def read_parquet(path):
-    """Yield (where it stands, record of the needed columns) for each row."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        fail('this needs a package more; run: pip install datasets')
-    data = read_bytes(path)
-    try:
-        file = parquet.ParquetFile(io.BytesIO(data))
-        names = file.schema_arrow.names
-        # other columns are not even read, whatever they hold
-        columns = [*pick_columns(names, path)]
-        if 'label' in names:
-            columns.append('label')
-        records = file.read(columns=columns).to_pylist()
-    except (ArrowException, OSError):
-        fail(f'{path}: damaged, or no parquet; fetch or make it anew')
-    for n, record in enumerate(records, 1):
-        yield f'{path}, row {n}', record
-
-
-def text_in(record, column, where):
-    """The text in a record's column; null is an empty one."""
-    if column not in record:
-        names = ', '.join(record) or 'none'
-        fail(f'{where}: has the columns {names}; needs "{column}", as the records before it')
-    text = '' if record[column] is None else record[column]
-    if not isinstance(text, str):
-        fail(f'{where}: "{column}" is not a text but of the type {type(text).__name__}')
-    # JSON can write these: "\\u0000", or half of an emoji, "\\ud83d"
-    if '\0' in text:
-        fail(f'{where}: "{column}" has a NUL character, so it is not text')
-    if re.search('[\ud800-\udfff]', text):
-        fail(f'{where}: "{column}" has half of a surrogate pair, which is no character')
-    return text
-
-
-def read_records(path, left_out):
-    """The texts, or pairs of texts, of a .jsonl or .parquet file; only needed columns count."""
-    reader = read_parquet if kind_of(path) == 'parquet' else read_jsonl
-    items = []
-    columns = None
-    for where, record in reader(path):
-        # the first record says what there is
-        if columns is None:
-            columns = pick_columns(record, where)
-        texts = [text_in(record, column, where) for column in columns]
-        # of Quora's pairs only those labelled as asking the same
-        if columns[0] == 'question1' and str(record.get('label', 1)) not in ('1', 'True'):
-            left_out['labelled as different'] += 1
-        else:
-            items.append(tuple(texts) if len(texts) == 2 else texts[0])
+        fail(f'{hub["path"]} cannot be loaded from the hub ({type(error).__name__}); check the '
+             f'network, or give files of your own with --input')
+    if name == 'lm1b':
+        # a small table is done before other processes have started
+        many = os.cpu_count() if len(table) > 10_000 else None
+        table = table.map(lambda row: {'text': detokenize(row['text'] or '')}, num_proc=many)
+    if name in HUB_STREAMS:
+        return table['text']
+    records = ((hub['path'], row) for row in table)
+    items = read_records(records, hub['columns'], left_out)
+    if name == 'captions':
+        # two captions of an image are two texts
+        items = list(chain.from_iterable(items))
     return items
 
 
-def read_tsv(path):
-    """The pairs of a text of two columns; None if there is no tab in it, so that it is prose."""
-    lines = [line.split('\t') for line in lines_of(read_text(path))]
-    if all(len(columns) == 1 for columns in lines):
-        return None
-    pairs = []
-    for n, columns in enumerate(lines, 1):
-        # a blank line is none, and the first may name the columns
-        if columns == [''] or (n == 1 and tuple(columns) in PAIRS):
-            continue
-        if len(columns) != 2:
-            fail(f'{path}, line {n}: columns: {len(columns)}; a .tsv of pairs has two in each line')
-        pairs.append(tuple(columns))
-    return pairs
-
-
-def read_files(names, by_line, left_out):
-    """The documents of --input: a list of texts, or of pairs of texts. A text file is one document
-    (<|endoftext|> in it ends one, too); `by_line`: each of its lines is one."""
-    items = []
-    for path in list_files(names):
-        found = None
-        if kind_of(path) in ('jsonl', 'parquet'):
-            found = read_records(path, left_out)
-        elif kind_of(path) == 'tsv':
-            found = read_tsv(path)
-        if found is None:
-            text = read_text(path)
-            found = [text]
-            if by_line:
-                found = []
-                for line in lines_of(text):
-                    # one that is blank is counted, see left_out
-                    found.extend(split_documents(line) or [''])
-        items.extend(found)
-    if len({type(item) for item in items}) > 1:
-        fail('--input: mixes pairs and texts; give files of one kind')
-    # documents end where <|endoftext|> stands, which is no text itself
-    if not any(split_documents(''.join(item)) for item in items):
-        fail(f'--input {" ".join(names)}: holds no text')
-    return items
-
-
-def untokenise(text):
+def detokenize(text):
     """LM1B's words as running text: 'It \'s " $ 5 " ( not 6 ) .' -> It's "$5" (not 6)."""
     # a clitic, then marks that follow a word, those that come before one, quotes, fractions
     text = re.sub(r" '(?=\w)", "'", text)
@@ -1039,7 +892,261 @@ def untokenise(text):
 
 
 # -----------------------------------------------------------------------------
-# Rows: one document each, padded. Layouts: see the top of this file
+# Files: text by any name, .json, .jsonl, .csv, .tsv, .parquet, each plain or compressed. Not read
+# by `datasets`, which turns the text "1987-03-23" into a timestamp and "007" into a number
+
+COMPRESSED = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}
+# what a file is that begins with these bytes, whatever its name
+SIGNATURES = {b'\x1f\x8b': 'compressed with gzip; its name must end in .gz',
+              b'BZh': 'compressed with bzip2; its name must end in .bz2',
+              b'\xfd7zXZ': 'compressed with xz; its name must end in .xz',
+              b'(\xb5/\xfd': 'compressed with zstd; unpack it first',
+              b'PK\3\4': 'a zip; unpack it first, or save it as text',
+              b'%PDF': 'a PDF; save it as text',
+              b'PAR1': 'parquet; its name must end in .parquet'}
+# the columns that are read where --columns names none: source and target, or texts
+COLUMNS = [('src', 'trg'), ('src', 'tgt'), ('source', 'target'), ('question1', 'question2'),
+           ('prompt', 'completion'), ('prompt', 'response'), ('query', 'response'),
+           ('question', 'answer'), ('text',)]
+
+
+def suffix_of(path):
+    """The extension of a file's name in small letters, that before .gz and its like."""
+    if path.suffix.lower() in COMPRESSED:
+        path = path.with_suffix('')
+    return path.suffix.lower()
+
+
+def list_files(names):
+    """The files that an option names, all of one kind, each once; a folder stands for all files in
+    it that are not hidden."""
+    def stop(error):
+        fail(f'--input {error.filename}: cannot be read ({error.strerror})')
+
+    files = []
+    for name in names:
+        if not os.path.exists(name):
+            fail(f'--input {name}: there is no such file')
+        if not os.path.isdir(name):
+            files.append(Path(name))
+            continue
+        found = []
+        for place, folders, inside in os.walk(name, onerror=stop):
+            # hidden are .git, for example, and .DS_Store
+            folders[:] = [folder for folder in folders if not folder.startswith('.')]
+            found += [Path(place, file) for file in inside if not file.startswith('.')]
+        if not found:
+            fail(f'--input {name}: a folder without files')
+        files += sorted(found)
+    # a folder and a file in it may both be named
+    files = list({path.resolve(): path for path in files}.values())
+    # a README among records would be read as text
+    readers = {READERS.get(suffix_of(path)): path for path in files}
+    if len(readers) > 1:
+        fail(f'--input: mixes {" and ".join(map(str, readers.values()))}; give files of one kind')
+    return files
+
+
+def read_bytes(path):
+    """The bytes of a file, decompressed if its name says so."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        fail(f'{path}: cannot be read ({error.strerror})')
+    # names decide, not contents: a text may begin with the same two bytes
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSED:
+        return data
+    try:
+        return COMPRESSED[suffix].decompress(data)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
+        fail(f'{path}: not a whole {suffix} file; fetch or make it anew')
+
+
+def read_text(path):
+    """A file's text, without a byte-order mark, all line ends as \\n."""
+    data = read_bytes(path)
+    # Windows marks UTF-16, and may mark UTF-8
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode('utf-16' if marked else 'utf-8-sig')
+        at = text.find('\0')
+        before = text[:at]
+    except UnicodeDecodeError as error:
+        at = error.start
+        before = error.object[:at].decode('latin-1')
+    if at < 0:
+        return text.replace('\r\n', '\n').replace('\r', '\n')
+    for start, what in SIGNATURES.items():
+        if data.startswith(start):
+            fail(f'{path}: is {what}')
+    problem = 'not UTF-8; convert it, with iconv for example'
+    if b'\0' in data:
+        problem = 'has a NUL character, so it is not text in UTF-8'
+    line = before.count('\n') + 1
+    fail(f'{path}, line {line}: {problem}')
+
+
+def lines_of(text):
+    """The lines of a text; the end of the last one begins no other."""
+    return text.removesuffix('\n').split('\n')
+
+
+def read_json(path, wanted):
+    """Yield (where it is, record) of JSON Lines, or of one array."""
+    text = read_text(path)
+    # an array is read at once, as if it were one line
+    parts = [text] if text.lstrip().startswith('[') else lines_of(text)
+    for n, part in enumerate(parts, 1):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError) as error:
+            line = n + getattr(error, 'lineno', 1) - 1
+            fail(f'{path}, line {line}: not JSON; give one record a line, or an array of them')
+        for record in value if isinstance(value, list) else [value]:
+            # a bare text is a record, too
+            if isinstance(record, str):
+                record = {'text': record}
+            if not isinstance(record, dict):
+                fail(f'{path}, line {n}: not a record, such as {{"text": "..."}}')
+            yield f'{path}, line {n}', record
+
+
+def read_table(path, wanted):
+    """Yield (where it is, record) of a .csv or .tsv. The first line names the columns; a .tsv of
+    pairs may do without."""
+    text = read_text(path)
+    tabs = suffix_of(path) == '.tsv'
+    # where the comma is a decimal point, cells are separated by semicolons
+    delimiter = '\t' if tabs else max(',;', key=text.partition('\n')[0].count)
+    # spreadsheets quote whole cells; any other quote in a .tsv is a character of the text
+    marked = [cell for cell in re.split('[\t\n]', text) if '"' in cell]
+    whole = all(re.fullmatch('"([^"]|"")*"', cell) for cell in marked)
+    quoting = csv.QUOTE_NONE if tabs and not whole else csv.QUOTE_MINIMAL
+    csv.field_size_limit(10 ** 9)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting)
+    names = next(reader, [])
+    rows = reader
+    named = wanted or any(set(columns) <= set(names) for columns in COLUMNS)
+    if tabs and len(names) == 2 and not named:
+        rows = chain([names], reader)
+        names = ['source', 'target']
+    for cells in rows:
+        where = f'{path}, line {reader.line_num}'
+        # a blank line is counted as empty
+        cells = cells or [''] * len(names)
+        if len(cells) != len(names):
+            fail(f'{where}: columns: {len(cells)}, but there are {len(names)}')
+        yield where, dict(zip(names, cells))
+
+
+def read_parquet(path, wanted):
+    """Yield (where it is, record of the needed columns) for each row."""
+    data = read_bytes(path)
+    try:
+        from pyarrow import ArrowException, parquet
+        file = parquet.ParquetFile(io.BytesIO(data))
+        names = file.schema_arrow.names
+        # other columns are not even read, whatever they hold
+        needed = {*pick_columns(names, wanted, path), 'label', 'is_duplicate'}
+        records = file.read(columns=[name for name in names if name in needed]).to_pylist()
+    except ImportError:
+        fail('this needs one more package; run: pip install datasets')
+    except (ArrowException, OSError):
+        fail(f'{path}: damaged, or no parquet; fetch or make it anew')
+    for n, record in enumerate(records, 1):
+        yield f'{path}, row {n}', record
+
+
+READERS = {'.jsonl': read_json, '.ndjson': read_json, '.json': read_json, '.csv': read_table,
+           '.tsv': read_table, '.parquet': read_parquet}
+
+
+def pick_columns(found, wanted, where):
+    """The columns to read of those found, one of texts or two of pairs."""
+    for columns in [wanted] if wanted else COLUMNS:
+        if set(columns) <= set(found):
+            return columns
+    names = ', '.join(map(str, found)) or 'none'
+    fail(f'{where}: has the columns {names}; needs {" and ".join(wanted or ["text"])}, or name one '
+         f'or two with --columns')
+
+
+def read_records(records, wanted, left_out):
+    """The texts, or the pairs of texts, of (where it is, dict)."""
+    items = []
+    columns = None
+    for where, record in records:
+        # the first record decides
+        columns = columns or pick_columns(record, wanted, where)
+        texts = []
+        for column in columns:
+            text = record.get(column)
+            # null is an empty text
+            if text is None:
+                text = ''
+            # JSON can write "\\u0000", and half of an emoji, "\\ud83d"
+            if not isinstance(text, str) or re.search('[\0\ud800-\udfff]', text):
+                fail(f'{where}: {column} is not text: {text!r:.60}')
+            texts.append(text)
+        # of Quora's pairs only those labeled as asking the same
+        label = record.get('label', record.get('is_duplicate', 1))
+        if columns[0] == 'question1' and str(label) not in ('1', 'True'):
+            left_out['labeled as different'] += 1
+        else:
+            items.append(tuple(texts) if len(texts) == 2 else texts[0])
+    return items
+
+
+def wants_rows(args):
+    """Whether a text is a row of its own, and not a part of a stream."""
+    return args.rows or args.name in BUILT_IN or args.name in HUB_ROWS
+
+
+def read_files(names, args, left_out):
+    """The documents, texts or pairs of the files that an option names."""
+    files = list_files(names)
+    if args.parallel:
+        if len(files) != 2:
+            fail(f'--parallel: takes two files, sources and targets, not {len(files)}')
+        sources, targets = [lines_of(read_text(path)) for path in files]
+        if len(sources) != len(targets):
+            fail(f'--parallel: {files[0]} has {len(sources):,} lines, {files[1]} {len(targets):,}')
+        return list(zip(sources, targets))
+    # with --rows a text is a line of a file, or a whole file of a folder
+    folders = any(map(os.path.isdir, names))
+    by_line = args.name == 'lm1b' or wants_rows(args) and not folders
+    items = []
+    for path in files:
+        reader = READERS.get(suffix_of(path))
+        # a .tsv without tabs is prose
+        if reader and not (suffix_of(path) == '.tsv' and '\t' not in read_text(path)):
+            items += read_records(reader(path, args.columns), args.columns, left_out)
+            continue
+        if args.columns:
+            fail(f'{path}: is text, which has no columns; leave out --columns')
+        text = read_text(path)
+        for part in lines_of(text) if by_line else [text]:
+            # one that is blank is counted, see left_out
+            items += split_documents(part) or ['']
+    if len({type(item) for item in items}) > 1:
+        fail('--input: mixes pairs and texts; give files of one kind')
+    if args.name == 'lm1b':
+        items = list(map(detokenize, items))
+    if not ''.join(map(''.join, items)).strip():
+        fail(f'{" ".join(map(str, names))}: holds no text')
+    return items
+
+
+# -----------------------------------------------------------------------------
+# Rows: one text or pair each, padded. Layouts: see the top of this file
+
+
+def as_texts(item):
+    """The texts of an item: of a pair both."""
+    return item if isinstance(item, tuple) else (item,)
 
 
 def clean_items(items, keep_duplicates, left_out):
@@ -1053,41 +1160,85 @@ def clean_items(items, keep_duplicates, left_out):
     return unique
 
 
-def as_texts(item):
-    """The texts of an item: of a pair both."""
-    return item if isinstance(item, tuple) else (item,)
+def choose_tokenizer(items, kind):
+    """(a tokenizer that suits the text, why) for those who name none."""
+    texts = list(chain.from_iterable(map(as_texts, items)))
+    if kind == 'rows' and len(texts) == len(items):
+        words = set(learn_words('words:2000', texts)['tokens'])
+        kept = 0
+        for text in texts:
+            kept += words.issuperset(map(as_latin, split_words('words', text)))
+        # ours: a small network learns whole words better than parts of words, if enough is left: a
+        # third of the texts, and ten for each word, so that it occurs in several contexts
+        if kept >= len(texts) / 3 and kept >= 10 * len(words):
+            return 'words:2000', (f'{kept / len(texts):.0%} of the texts have no other words; '
+                                  f'bpe:2048 would keep all of them')
+    # ours: a vocabulary so small that even its rarest tokens occur a few dozen times
+    characters = sum(map(len, texts))
+    for size in (2048, 1024, 512):
+        if characters >= 400 * size:
+            return f'bpe:{size}', f'{characters:,} characters; a large network may take gpt2'
+    return 'byte', f'{characters:,} characters; bpe:512 would learn parts of words from them'
 
 
-def split_items(items, held_share, left_out):
-    """(train, val) of documents or pairs, a random share of the different texts or sources held
-    out. No document is in both, and no text of a pair; a pair that would be in both is left out."""
-    # all targets of a source stay together
-    sources = [as_texts(item)[0] for item in items]
-    unique = list(dict.fromkeys(sources))
-    random.Random(0).shuffle(unique)
-    held = set(unique[:max(1, int(held_share * len(unique)))])
-    train = [item for item, source in zip(items, sources) if source not in held]
-    val = [item for item, source in zip(items, sources) if source in held]
-    # the text of a pair held out may be in other pairs too
-    seen = set()
-    for item in val:
-        seen.update(as_texts(item))
-    apart = [item for item in train if seen.isdisjoint(as_texts(item))]
-    left_out['with a text that is held out'] += len(train) - len(apart)
-    return apart, val
+def choose_length(sizes):
+    """The length of rows that suits texts of so many tokens."""
+    # ours: up to 32 tokens cost little; beyond that the longest 5 % are not worth what they cost
+    longest = max(sizes, default=0)
+    if longest > 32:
+        longest = min(128, int(np.quantile(sizes, 0.95, method='higher')))
+    return max(4, longest)
 
 
-def known_items(items, encoding, left_out):
-    """The documents or pairs that the tokenizer can write; the others, with BERT's, are counted."""
-    known = []
-    for item in items:
+def measure(items, encoding, left_out):
+    """(the items that the tokenizer can write, how many tokens each of their rows needs)."""
+    writable = []
+    sizes = []
+    tell = progress('measuring')
+    for n, item in enumerate(items, 1):
+        tell(n / len(items))
         unknown = Counter()
+        size = 0
         for text in as_texts(item):
-            encode(encoding, text, unknown)
+            # and the <sep> or <eos> after it
+            size += len(encode(encoding, text, unknown)) + 1
         if not unknown:
-            known.append(item)
-    left_out['with characters that bert does not know'] += len(items) - len(known)
-    return known
+            writable.append(item)
+            sizes.append(size)
+    left_out['with unknown words or characters'] += len(items) - len(writable)
+    return writable, sizes
+
+
+def of_one_kind(items):
+    """Whether both sides of pairs are of one kind, as in paraphrases: some texts are on both."""
+    pairs = [item for item in items if isinstance(item, tuple) and item[0] != item[1]]
+    sources = {source for source, _ in pairs}
+    targets = {target for _, target in pairs}
+    # those of labels, answers and translations hardly ever are
+    return len(sources & targets) > 0.01 * max(len(sources), len(targets))
+
+
+def split_items(items, held_out, val_items, left_out):
+    """(train, val) of texts or pairs: val_items, or else a random fraction of the different ones.
+    No text or source is in both, and of paraphrases no target either."""
+    # all targets of a source stay together, so that targets are distributed alike in both
+    sources = [as_texts(item)[0] for item in items]
+    held = {as_texts(item)[0] for item in val_items}
+    if not val_items:
+        unique = list(dict.fromkeys(sources))
+        random.Random(0).shuffle(unique)
+        held = set(unique[:max(1, int(held_out * len(unique)))])
+    own = [item for item, source in zip(items, sources) if source in held]
+    train = [item for item, source in zip(items, sources) if source not in held]
+    val = val_items or own
+    seen = set(chain.from_iterable(map(as_texts, val)))
+    apart = [item for item in train if seen.isdisjoint(as_texts(item))]
+    # in chats an "ok" links nearly all pairs, and too few would be left
+    if of_one_kind(items) and len(apart) > 0.7 * len(train):
+        train = apart
+    in_both = len(items) - len(train) - (0 if val_items else len(own))
+    left_out['with a text that is held out'] += in_both
+    return train, val
 
 
 def pack_rows(encoding, items, length):
@@ -1096,7 +1247,9 @@ def pack_rows(encoding, items, length):
     eos, pad, sep = (encoding.encode_single_token(name) for name in SPECIAL[:3])
     rows = []
     sizes = []
-    for item in items:
+    tell = progress('encoding')
+    for n, item in enumerate(items, 1):
+        tell(n / len(items))
         text = encode(encoding, as_texts(item)[-1]) + [eos]
         if isinstance(item, tuple):
             given = encode(encoding, item[0]) + [sep]
@@ -1112,17 +1265,6 @@ def pack_rows(encoding, items, length):
     return ids, sizes
 
 
-def advise_length(sizes, too_long):
-    """The --length that holds 95 % of texts of so many tokens; '' if few of them are too long."""
-    if too_long <= 0.1 * len(sizes):
-        return ''
-    enough = int(np.quantile(sizes, 0.95, method='higher'))
-    # whole books are for a stream, and not for rows
-    if enough > LONGEST_ROW:
-        return ''
-    return f'--length {enough} would hold 95 % of them'
-
-
 # -----------------------------------------------------------------------------
 # Streams: documents one after the other
 
@@ -1133,49 +1275,50 @@ def split_documents(text):
     return [part for part in parts if part.strip()]
 
 
-def to_ids(batch, encoding, clean):
-    """Texts of a table -> of each document its token ids, ended by <eos>, how many these are, and
-    how many of its characters BERT does not know."""
-    eos = encoding.n_vocab - len(SPECIAL)
-    ids = []
-    dropped = []
-    for text in batch['text']:
-        for document in split_documents(text):
-            unknown = Counter()
-            ids.append(np.array(encode(encoding, clean(document), unknown) + [eos], np.uint16))
-            dropped.append(unknown.total())
-    return {'ids': ids, 'n': [len(x) for x in ids], 'dropped': dropped}
+def chunks_of(texts):
+    """Yield (some CHUNK characters, whether a document ends there, the fraction that is done), and
+    of a blank text an empty chunk."""
+    for i, text in enumerate(texts):
+        for document in split_documents(text) or ['']:
+            # cut before white space, where no piece goes across
+            chunks = re.findall(rf'.{{1,{CHUNK}}}\s*\S*', document, re.DOTALL) or ['']
+            for j, chunk in enumerate(chunks, 1):
+                ends = j == len(chunks) and document != ''
+                yield chunk, ends, (i + j / len(chunks)) / len(texts)
 
 
-def pack_texts(texts, encoding, clean):
-    """A list of texts -> (flat ids, number of tokens of each document, characters dropped)."""
-    done = to_ids({'text': texts}, encoding, clean)
-    return np.concatenate(done['ids']).astype('<u2'), np.array(done['n']), sum(done['dropped'])
-
-
-def pack_table(table, encoding, clean, cache):
-    """A table of the hub -> the same, the ids in a file; `datasets` caches what is done."""
-    # starting processes takes longer than a small table
-    many = os.cpu_count() if len(table) > 10_000 else None
-    table = table.map(to_ids, batched=True, remove_columns='text', num_proc=many,
-                      fn_kwargs=dict(encoding=encoding, clean=clean))
-    sizes = np.array(table.with_format('numpy')['n'][:])
-    dropped = int(np.sum(table.with_format('numpy')['dropped'][:]))
+def pack_stream(texts, encoding, cache, left_out):
+    """A list or a column of the hub -> (flat ids, memory-mapped; tokens of each document)."""
+    eos = encoding.encode_single_token('<eos>')
+    sizes = [0]
+    unknown = Counter()
+    tell = progress('encoding')
     # without a name: it is gone when this script ends
-    file = tempfile.TemporaryFile(dir=cache)
+    folder = cache if cache.is_dir() else tempfile.gettempdir()
     try:
-        for batch in table.iter(1000):
-            file.write(np.concatenate(batch['ids']).astype('<u2').tobytes())
+        file = tempfile.TemporaryFile(dir=folder)
+        for chunk, ends, done in chunks_of(texts):
+            ids = encode(encoding, chunk, unknown)
+            if ends:
+                ids.append(eos)
+            file.write(np.array(ids, '<u2').tobytes())
+            sizes[-1] += len(ids)
+            left_out['empty'] += not chunk
+            if ends:
+                sizes.append(0)
+            tell(done)
         file.flush()
     except OSError as error:
-        fail(f'{cache}: {why_not(error)}')
-    return np.memmap(file, '<u2', 'r', shape=int(sizes.sum())), sizes, dropped
+        fail(f'{folder}: cannot be written: {why_not(error)}')
+    left_out['unknown characters'] += unknown.total()
+    sizes = np.array(sizes[:-1])
+    return np.memmap(file, '<u2', 'r', shape=int(sizes.sum())), sizes
 
 
-def split_stream(ids, sizes, held_share, documents):
-    """(train, val) of flat ids: held out is the end, a share of the tokens, or only so
-    many documents if these are fewer tokens (0: no such bound)."""
-    held = int(held_share * sizes.sum())
+def split_stream(ids, sizes, held_out, documents):
+    """(train, val) of flat ids: held out is the end, a fraction of the tokens, or only so many
+    documents if these are fewer tokens (0: no such bound)."""
+    held = int(held_out * sizes.sum())
     if documents:
         held = min(held, int(sizes[-documents:].sum()))
     return ids[:len(ids) - held], ids[len(ids) - held:]
@@ -1186,7 +1329,7 @@ def split_stream(ids, sizes, held_share, documents):
 
 
 def checksum(meta, *ids):
-    """Of all that a data folder holds; of files from 256 MB on only the length, to start fast."""
+    """CRCs of what a data folder holds; of files from 256 MB on of their length, to start fast."""
     # of the description without the checksum itself
     about = json.dumps({**meta, 'crc': 0}).encode()
     sums = [zlib.crc32(about)]
@@ -1195,15 +1338,17 @@ def checksum(meta, *ids):
     return sums
 
 
-def save_dataset(folder, train, val, spec, kind, pairs, length, source):
+def save_dataset(folder, train, val, spec, kind, pairs, length, source, overwrite=True):
     """folder/{train,val}.bin, then meta.json: a folder that has a meta.json is complete.
-    train, val: flat ids; spec: the tokenizer dict."""
+    train, val: flat ids; spec: the tokenizer dict. Other data are replaced only with `overwrite`;
+    False if the same are there already, so that nothing was written."""
+    folder = Path(folder)
     train = np.ascontiguousarray(train, '<u2')
     val = np.ascontiguousarray(val, '<u2')
     V = len(spec['tokens'])
     meta = {
         'format': FORMAT,
-        'name': Path(folder).name,
+        'name': folder.name,
         'vocab': V + len(SPECIAL),
         'kind': kind,
         'pairs': pairs,
@@ -1215,20 +1360,46 @@ def save_dataset(folder, train, val, spec, kind, pairs, length, source):
         'tokenizer': spec,
     }
     meta['crc'] = checksum(meta, train, val)
+    old = read_dataset(folder)[0]
+    if old.get('crc') == meta['crc']:
+        # now it is the newest again
+        os.utime(folder / 'meta.json')
+        return False
+    if old:
+        check_replace(folder, overwrite, f'{old["train_tokens"]:,} tokens, {old["kind"]} of '
+                      f'{old["length"]}, {old["tokenizer"]["name"]}, from {old["source"]}')
     # meta.json last: without it, or if it does not fit, the folder does not count
-    write_whole(Path(folder) / 'train.bin', train)
-    write_whole(Path(folder) / 'val.bin', val)
-    write_whole(Path(folder) / 'meta.json', json.dumps(meta).encode())
+    write_whole(folder / 'train.bin', train)
+    write_whole(folder / 'val.bin', val)
+    write_whole(folder / 'meta.json', json.dumps(meta).encode())
+    return True
 
 
 def command_for(folder):
     """The command that prepares a folder; of a text that is not ours, what lists the ways to."""
-    if folder.name not in BUILT_IN and folder.name not in HUB:
+    if folder.name not in SETS:
         return 'python prepare_data.py -h'
     words = ['python', 'prepare_data.py', folder.name]
     if folder.parent != Path('data'):
         words += ['--data', as_word(folder.parent)]
     return as_command(words)
+
+
+def read_dataset(folder):
+    """(meta dict, train ids, val ids, '') of a folder, or ({}, None, None, what is wrong)."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_bytes())
+        if meta['format'] != FORMAT:
+            version = f'is of another version (format {meta["format"]}, here {FORMAT})'
+            return {}, None, None, version
+        train = np.memmap(folder / 'train.bin', dtype='<u2', mode='r')
+        val = np.memmap(folder / 'val.bin', dtype='<u2', mode='r')
+        # a bit that has flipped would be trained on in silence
+        if meta['crc'] == checksum(meta, train, val):
+            return meta, train, val, ''
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}, None, None, 'is damaged'
 
 
 def load_dataset(folder):
@@ -1239,24 +1410,15 @@ def load_dataset(folder):
         command = as_command(['python', 'prepare_data.py', 'mine', '--input', as_word(folder)])
         fail(f'{folder} is a file, not a folder of prepared data; run: {command}')
     if not os.path.isfile(folder / 'meta.json'):
-        fail(f'{folder} holds no prepared data; run: {command_for(folder)}')
-    damaged = f'{folder} is damaged; prepare it again: {command_for(folder)}'
-    try:
-        meta = json.loads((folder / 'meta.json').read_bytes())
-        version = meta['format']
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(damaged)
-    if version != FORMAT:
-        fail(f'{folder} is of another version (format {version}, here {FORMAT}); '
-             f'prepare it again: {command_for(folder)}')
-    try:
-        train = np.memmap(folder / 'train.bin', dtype='<u2', mode='r')
-        val = np.memmap(folder / 'val.bin', dtype='<u2', mode='r')
-    except (OSError, ValueError):
-        fail(damaged)
-    # a bit that has flipped would be trained on in silence
-    if meta.get('crc') != checksum(meta, train, val):
-        fail(damaged)
+        # a name without its folder, or a path that was right in another folder
+        near = Path('data') / folder.name
+        if os.path.isfile(near / 'meta.json'):
+            fail(f'{folder} holds no prepared data, but {near} does; add --data {near}')
+        fail(f'{folder} holds no prepared data; name another folder with --data, or run: '
+             f'{command_for(folder)}')
+    meta, train, val, problem = read_dataset(folder)
+    if problem:
+        fail(f'{folder} {problem}; prepare it again: {command_for(folder)}')
     return meta, train, val
 
 
@@ -1270,7 +1432,7 @@ def newest_dataset():
 
 
 # -----------------------------------------------------------------------------
-# Rows -> texts
+# Rows -> texts, and metrics of them
 
 
 def as_rows(ids, length):
@@ -1308,9 +1470,9 @@ def to_texts(rows, meta, encoding=None):
 
 
 def words_of(text):
-    """Runs of letters, without regard to case; the names of special tokens are none."""
+    """Runs of letters and their marks, without regard to case; names of special tokens are none."""
     text = re.sub('|'.join(SPECIAL), ' ', text)
-    return re.findall(r'[^\W\d_]+', text.casefold())
+    return regex.findall(r'[\p{L}\p{M}]+', text.casefold())
 
 
 # characters of scripts that put no spaces between words: Thai and Lao, Burmese, Khmer, kana and the
@@ -1320,10 +1482,7 @@ UNSPACED = (r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff
 
 
 def has_spaces(words):
-    """
-    Whether words are words, and not whole sentences of a script that has no spaces, or DNA, nor the
-    bits between signs that Python takes for no letters, such as the vowels of Hindi.
-    """
+    """Whether words are words, and not DNA or whole sentences of a script without spaces."""
     letters = ''.join(words)
     unspaced = len(letters) - len(re.sub(UNSPACED, '', letters))
     if unspaced > 0.5 * len(letters):
@@ -1341,34 +1500,30 @@ def corpus_words(folder, limit=5_000_000):
     return set(words) if has_spaces(words) else set()
 
 
-def entropy_of(items):
-    """Entropy in nats of how often each item occurs."""
-    return entropy(Counter(items).values())
-
-
 def sanity_metrics(rows, meta, data=''):
-    """Figures that tell text from noise, for rows (B, L): a dict of floats.
-    dates: share of valid rows (one of the eight forms of their source), entropy of these over ln 8.
-    stories: see story_figures. Else: entropy of a row's tokens (nats), share of unique rows, and of
-    words known from the folder `data`, unless it is gone or its text has no words."""
+    """Metrics that tell text from noise, for rows (B, L): a dict of floats.
+    dates: fraction of valid rows (one of the eight forms of their source), entropy of the forms
+    over ln 8. stories: see story_metrics. Else: entropy of a row's tokens (nats), fractions of
+    unique rows and of words that occur in the folder `data`, if it exists and has words."""
     texts = to_texts(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
         forms = [(date_forms(source), text) for source, text in texts]
-        used = [known.index(text) for known, text in forms if text in known]
+        used = [allowed.index(text) for allowed, text in forms if text in allowed]
         return {'valid': len(used) / len(texts), 'form_entropy': entropy_of(used) / math.log(8)}
     if meta['tokenizer']['name'] == 'stories':
-        figures = story_figures([text for _, text in texts])
-        del figures['slot_divergence']
-        return figures
+        metrics = story_metrics([text for _, text in texts])
+        del metrics['slot_divergence']
+        return metrics
     entropies = [entropy_of(ids) for _, ids in split_rows(rows, meta)]
-    figures = {'entropy': sum(entropies) / len(entropies), 'unique': len(set(texts)) / len(texts)}
+    metrics = {'entropy': sum(entropies) / len(entropies), 'unique': len(set(texts)) / len(texts)}
     if data and os.path.isfile(Path(data) / 'meta.json'):
-        known = corpus_words(str(data))
-        # a text of digits or signs only has no words to know
-        if known:
+        vocabulary = corpus_words(str(data))
+        # a text of digits or signs only has no words
+        if vocabulary:
             words = words_of(' '.join(text for _, text in texts))
-            figures['words'] = sum(word in known for word in words) / max(1, len(words))
-    return figures
+            found = sum(word in vocabulary for word in words)
+            metrics['words'] = found / max(1, len(words))
+    return metrics
 
 
 # -----------------------------------------------------------------------------
@@ -1380,128 +1535,122 @@ def parse(argv=None):
     add = parser.add_argument
     # what to read
     add('name', nargs='?', default='stories', metavar='NAME',
-        help=f'{", ".join([*BUILT_IN, *HUB])}, or any name for your own --input')
+        help=f'{", ".join(SETS)}, or any name for your own --input')
     add('--input', nargs='+', metavar='FILE',
-        help='UTF-8 text, .jsonl or .parquet (text, or src and trg), .tsv (pairs), .gz; or folders')
-    add('--rows', action='store_true', help='own text: each line or record is a row of its own')
+        help='text by any name, .json, .jsonl, .csv, .tsv or .parquet, each also as .gz, .bz2 or '
+             '.xz, or folders of them')
+    add('--columns', nargs='+', metavar='NAME',
+        help='of records, one column of texts, or two of sources and targets; "text", or two of '
+             'usual names, such as src and trg')
+    add('--rows', action='store_true',
+        help='each line or record is a text of its own, or each text file of a folder')
+    add('--parallel', action='store_true', help='pairs: of two files line n belongs to line n')
+    add('--val-input', nargs='+', metavar='FILE', help='hold out these, in place of --val')
     # how to write it
-    add('--tokenizer', help='gpt2, bpe:N, byte, or bert:vocab.txt, which is lower case without '
-        'line breaks; bpe:2048, of lm1b and owt gpt2')
-    add('--length', type=positive_int, help='tokens per row; 32, or as in the papers')
-    add('--val', type=fraction, default=0.1,
-        help='share held out, of a stream its end; of lm1b, owt, tinystories and wikitext at most '
-             'what is usual')
+    add('--tokenizer', help='gpt2, bpe:N, words:N (rows with other words are left out), byte, or '
+        'bert:vocab.txt (lower case without line breaks); what suits the text')
+    add('--length', type=number(int, 4, LONGEST_ROW),
+        help='tokens per row; what holds most texts, of a stream 32, or as in the papers')
+    add('--val', type=number(float, 0.0001, 0.9999), default=0.1,
+        help='fraction held out, of a stream its end; of a set with a test split at most that')
     add('--data', default='data', help='the folder that receives NAME/')
+    add('--overwrite', action='store_true', help='replace other data in NAME/')
     return parser.parse_args(argv)
 
 
 def check(args):
     """Stop at options that cannot be, before anything is read."""
-    ours = args.name in BUILT_IN or args.name in HUB
-    if not ours and not args.input and os.path.exists(args.name):
-        command = as_command(['python', 'prepare_data.py', 'mine', '--input', as_word(args.name)])
-        fail(f'{args.name} is a file or a folder; give your text a name: {command}')
-    if not re.fullmatch(r'\w[\w.-]*', args.name):
-        fail(f'NAME {args.name!r}: must be of letters, digits, "_", "-" and "."')
-    if args.name.lower() == 'cache':
-        fail('NAME cache: that folder is for downloads; choose another name')
+    ours = args.name in SETS
+    files = args.input or [args.name]
+    mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(as_word, files)])
     if args.input and args.name in BUILT_IN:
-        files = [as_word(name) for name in args.input]
-        command = as_command(['python', 'prepare_data.py', 'mine', '--input', *files])
-        fail(f'{args.name} needs no --input; give your text a name: {command}')
-    if not args.input and not ours:
-        names = ', '.join([*BUILT_IN, *HUB])
+        fail(f'{args.name} needs no --input; give your text a name: {mine}')
+    if not ours and not args.input and os.path.exists(args.name):
+        fail(f'{args.name} is a file or a folder; give your text a name: {mine}')
+    if not re.fullmatch(r'\w[\w.-]*', args.name) or args.name.lower() == 'cache':
+        fail(f'NAME {args.name!r}: must be of letters, digits, "_", "-" and ".", and not cache')
+    if not ours and not args.input:
+        names = ', '.join(SETS)
         fail(f'{args.name}: not one of {names}; for your own text add --input FILE')
-    if args.rows and not args.input:
-        fail('--rows is for your own text; add --input FILE')
-    if args.rows and args.name == 'lm1b':
-        fail('--rows: lm1b is a stream, as in the paper; choose another name')
+    if (args.columns or args.parallel) and not args.input:
+        fail(f'--columns and --parallel are for your own text; leave them out of {args.name}')
+    if args.columns and (args.parallel or len(args.columns) > 2):
+        fail('--columns: name one of texts, or two of pairs; of --parallel files none')
     if args.tokenizer and args.name in ('stories', 'dates'):
         fail(f'{args.name} has a tokenizer of its own; leave out --tokenizer')
     if args.tokenizer:
         check_tokenizer(args.tokenizer)
-    if args.length and not 4 <= args.length <= LONGEST_ROW:
-        fail(f'--length {args.length}: must be from 4 to {LONGEST_ROW}')
-    if not 0 < args.val < 1:
-        fail(f'--val {args.val}: must be more than 0 and less than 1')
 
 
 def read_items(args, left_out):
-    """(items, where they are from): a list of texts or pairs, or a table of the hub."""
+    """(items, where they are from): a list of texts or pairs, or a column of the hub."""
     if args.input:
-        by_line = args.rows or args.name == 'lm1b'
         names = ' '.join(Path(name).name for name in args.input)
-        return read_files(args.input, by_line, left_out), names
+        return read_files(args.input, args, left_out), names
     if args.name == 'stories':
         return stories(), 'draw_story of prepare_data.py'
     if args.name == 'dates':
         return dates(), 'all days of 1900-2099'
     if args.name == 'pydocs':
         return list(sentences(docstrings())), f'Python {sys.version.split()[0]}'
-    return load_hub(args.name, Path(args.data) / 'cache'), HUB[args.name][3]['path']
+    items = load_hub(args.name, Path(args.data) / 'cache', left_out)
+    if args.rows:
+        # rows are held in memory
+        items = [text or '' for text in items]
+    return items, HUB[args.name]['path']
 
 
-def prepare_rows(args, items, tokenizer, length, left_out):
-    """Documents or pairs -> (train, val, tokenizer dict, advice on --length), each text in a row of
-    its own."""
+def prepare_rows(args, items, val_items, tokenizer, length, left_out):
+    """Texts or pairs, each in a row -> (train, val, tokenizer dict, length, advice on length)."""
     items = clean_items(items, args.name == 'stories', left_out)
-    texts = []
-    for item in items:
-        texts.extend(as_texts(item))
-    # from all texts, those held out too: it is a code, and has to be able to write them
+    val_items = clean_items(val_items, False, left_out)
+    # from all texts, held out or not: a code has to be able to write them
+    texts = list(chain.from_iterable(map(as_texts, items + val_items)))
     spec = make_tokenizer(tokenizer, texts)
     encoding = make_encoding(spec)
-    if encoding.name == 'bert':
-        items = known_items(items, encoding, left_out)
-    train_items, val_items = split_items(items, args.val, left_out)
+    # stories and dates are known to fit
+    if args.name not in ('stories', 'dates'):
+        items, sizes = measure(items, encoding, left_out)
+        val_items, val_sizes = measure(val_items, encoding, left_out)
+        length = length or choose_length(sizes + val_sizes)
+    train_items, val_items = split_items(items, args.val, val_items, left_out)
     train, train_sizes = pack_rows(encoding, train_items, length)
     val, val_sizes = pack_rows(encoding, val_items, length)
     sizes = train_sizes + val_sizes
     too_long = sum(size > length for size in sizes)
-    left_out[f'of {len(sizes):,} too long for a row of {length} tokens'] += too_long
-    advice = advise_length(sizes, too_long)
-    if too_long and not (len(train) and len(val)):
-        fail(f'{too_long:,} of {len(sizes):,} texts are longer than a row of {length} tokens; '
-             f'{advice or "give a larger --length"}')
-    return train, val, spec, advice
+    left_out['too long'] += too_long
+    advice = ''
+    if too_long > 0.1 * len(sizes):
+        enough = int(np.quantile(sizes, 0.95, method='higher'))
+        # whole books are for a stream, and not for rows
+        option = f'--length {enough}' if enough <= LONGEST_ROW else 'a stream, without --rows,'
+        advice = f'{option} would hold 95 % of them'
+    return train, val, spec, length, advice
 
 
-def prepare_stream(args, items, tokenizer, left_out):
-    """Documents, a list or a table -> (train, val, tokenizer dict), one after the other."""
-    documents = HUB[args.name][2] if args.name in HUB else 0
-    clean = untokenise if args.name == 'lm1b' else str
-    if isinstance(items, list):
-        left_out['empty'] += sum(not split_documents(text) for text in items)
-        texts = items
-    else:
-        # so many documents say enough of what is frequent
-        some = items.select(range(min(len(items), 100_000)))
-        texts = [row['text'] for row in some if row['text']]
-    spec = make_tokenizer(tokenizer, [clean(text).replace('<|endoftext|>', '') for text in texts])
+def prepare_stream(args, texts, val_texts, tokenizer, length, left_out):
+    """Documents, one after the other -> (train, val, tokenizer dict, length, no advice)."""
+    if tokenizer.startswith('words:'):
+        fail(f'--tokenizer {tokenizer}: leaves out rows with other words, which a stream lacks; '
+             f'add --rows, or take bpe:2048')
+    # of a column of the hub so many documents show what is frequent
+    spec = make_tokenizer(tokenizer, texts if isinstance(texts, list) else texts[:100_000])
     encoding = make_encoding(spec)
-    if isinstance(items, list):
-        ids, sizes, dropped = pack_texts(items, encoding, clean)
+    cache = Path(args.data) / 'cache'
+    train, sizes = pack_stream(texts, encoding, cache, left_out)
+    if val_texts:
+        val, _ = pack_stream(val_texts, encoding, cache, left_out)
     else:
-        print(f'{len(items):,} documents, now into tokens ...', flush=True)
-        ids, sizes, dropped = pack_table(items, encoding, clean, Path(args.data) / 'cache')
-        # only blank documents have no tokens
-        left_out['empty'] += max(0, len(items) - len(sizes))
-    left_out['characters that bert does not know'] += dropped
-    train, val = split_stream(ids, sizes, args.val, documents)
-    return train, val, spec
+        documents = SETS.get(args.name, {}).get('test', 0)
+        train, val = split_stream(train, sizes, args.val, documents)
+    return train, val, spec, length or 32, ''
 
 
-def tell_replaced(folder):
-    """Say what a folder holds that is about to be replaced."""
-    if not os.path.isfile(folder / 'meta.json'):
-        return
-    try:
-        old = json.loads((folder / 'meta.json').read_bytes())
-        held = (f'{old["train_tokens"]:,} tokens, {old["kind"]} of {old["length"]}, '
-                f'{old["tokenizer"]["name"]}, from {old["source"]}')
-    except (OSError, ValueError, KeyError, TypeError):
-        held = 'data that are damaged'
-    print(f'{folder} is replaced; it held {held}')
+# what helps if too little is left, by the reason why most was left out
+REMEDIES = {'duplicate': 'give texts that differ',
+            'labeled as different': 'give pairs that are labeled as asking the same',
+            'with unknown words or characters': 'take --tokenizer bpe:2048, which writes any text',
+            'with a text that is held out': 'give other texts to train on'}
 
 
 def main(argv=None):
@@ -1509,48 +1658,56 @@ def main(argv=None):
     check(args)
     start = time.time()
     folder = Path(args.data) / args.name
-    tokenizer, length, *_ = BUILT_IN.get(args.name) or HUB.get(args.name) or ('bpe:2048', 32)
-    tokenizer = args.tokenizer or tokenizer
-    length = args.length or length
+    settings = SETS.get(args.name, {})
 
     # read, encode and split; what is left out is counted by its reason
     left_out = Counter()
     items, source = read_items(args, left_out)
     if len(items) == 0:
         fail(f'{source}: holds no text')
-    pairs = isinstance(items, list) and isinstance(items[0], tuple)
-    # own text is a stream, unless --rows; so are tables of the hub
-    stream = not isinstance(items, list) or (args.input and not args.rows and not pairs)
-    kind = 'stream' if stream else 'rows'
-    advice = ''
-    if stream:
-        train, val, spec = prepare_stream(args, items, tokenizer, left_out)
-    else:
-        train, val, spec, advice = prepare_rows(args, items, tokenizer, length, left_out)
+    val_items = read_files(args.val_input, args, left_out) if args.val_input else []
+    pairs = isinstance(items[0], tuple)
+    if val_items and isinstance(val_items[0], tuple) != pairs:
+        fail('--val-input: has texts where --input has pairs, or the other way round')
+    kind = 'rows' if pairs or wants_rows(args) else 'stream'
+    notes = []
+    tokenizer = args.tokenizer or settings.get('tokenizer')
+    if not tokenizer:
+        tokenizer, why = choose_tokenizer(items, kind)
+        notes.append(f'--tokenizer {tokenizer}: {why}')
+    make = prepare_rows if kind == 'rows' else prepare_stream
+    train, val, spec, length, advice = make(
+        args, items, val_items, tokenizer, args.length or settings.get('length'), left_out)
     reasons = ', '.join(f'{n:,} {reason}' for reason, n in left_out.items() if n) or 'nothing'
     if min(len(train), len(val)) < length:
+        # what helps depends on why most of it was left out
+        remedy = 'give more texts' if kind == 'rows' else 'give more text, or a smaller --length'
+        reason, n = left_out.most_common(1)[0]
+        if n:
+            remedy = advice or REMEDIES.get(reason, remedy)
         fail(f'{source}: too little text for rows of {length} tokens: {len(train):,} to train on, '
-             f'{len(val):,} held out, left out: {reasons}; give more, or a smaller --length')
+             f'{len(val):,} held out, left out: {reasons}; {remedy}')
 
     # write, and say what became of it
-    tell_replaced(folder)
-    save_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length, source=source)
-    if tokenizer.startswith('bpe:') and spec['name'] != tokenizer:
-        print(f'{tokenizer}: only {spec["name"][4:]}, as each word of the text is one token then')
+    written = save_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length,
+                           source=source, overwrite=args.overwrite)
+    notes += [f'left out: {reasons}', advice]
+    if re.match('bpe|words', tokenizer) and spec['name'] != tokenizer:
+        notes.append(f'{tokenizer}: only {spec["name"]}, as the text has no more to learn')
+    if not written:
+        notes.append(f'{folder} already holds exactly these data, and was left as it is')
     V = len(spec['tokens']) + len(SPECIAL)
-    print(f'left out: {reasons}')
-    if advice:
-        print(advice)
-    print(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; '
-          f'{kind} of {length}; {tokenizer}, {V:,} tokens; {time.time() - start:.0f} s')
-    if args.name != 'stories':
-        better = '--stagger 0' if pairs else '--channels 8 --stagger 0 --axis loss'
-        print(f'the settings of a laptop are for stories; a flow of other text needs {better}')
+    notes.append(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; {kind} of '
+                 f'{length}; {spec["name"]}, {V:,} tokens; {time.time() - start:.0f} s')
     # the newest in data/ is what train_teacher.py takes anyway
     command = ['python', 'train_teacher.py']
     if Path(args.data) != Path('data'):
         command += ['--data', as_word(folder)]
-    print(f'next: {as_command(command)}')
+    notes.append(f'next: {as_command(command)}')
+    if pairs:
+        notes.append(f'or:   {as_command([*command, "--model", "diffuseq"])}')
+    for note in filter(None, notes):
+        say(note)
 
 
 if __name__ == '__main__':

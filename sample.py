@@ -26,8 +26,13 @@ from itertools import pairwise
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, count, encode, fail, health, make_encoding, positive, rate,
-                          run_script, share, split_rows, to_texts, write_whole)
+from prepare_data import (Parser, encode, fail, make_encoding, run_script, split_rows, to_texts,
+                          write_whole)
+from prepare_data import fraction as share
+from prepare_data import nonnegative as rate
+from prepare_data import nonnegative_int as count
+from prepare_data import positive_int as positive
+from prepare_data import sanity_metrics as health
 
 import torch
 

@@ -23,15 +23,15 @@ import shlex
 import statistics
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
 from prepare_data import (Parser, as_rows, divergence, expected_seen, fail, load_dataset, number,
-                          run_script, sanity_metrics, say, split_rows, story_figures, to_texts,
-                          write_whole)
+                          positive_int, run_script, sanity_metrics, say, split_rows, story_figures,
+                          to_texts, write_whole)
 
 import numpy as np
 import torch
@@ -81,6 +81,30 @@ def check_shape(length, vocab, width):
         fail(f'size {length},{vocab},{width}: L must be at least 1, V at least 10, and D even')
 
 
+def add_quality(parser):
+    """The options of `quality`."""
+    several = number(int, 2, 1000)
+    add = parser.add_argument
+    add('models', nargs='*', metavar='CHECKPOINT',
+        help='folders or .pt files, all of one data set; {seed} in a name stands for 0, 1, ...; '
+             'default: the newest student and its teacher')
+    add('--nfe', nargs='+', type=positive_int, default=[1, 4, 64],
+        help='network calls')
+    add('--rows', type=positive_int, default=500,
+        help='samples of each model, nfe and seed; fewer if held-out text allows no more')
+    add('--seeds', type=positive_int, default=1,
+        help='how many seeds of rows and noise: 0, 1, ...')
+    add('--scorer', metavar='CHECKPOINT',
+        help='text: an ar model; adds gen_ppl')
+    add_sampler_options(add)
+    # there are fewer sources then
+    add = parser.add_mutually_exclusive_group().add_argument
+    add('--per-source', type=several,
+        help='pairs: samples of each source; adds self-BLEU and div-4')
+    add('--mbr', type=several, metavar='N',
+        help='pairs: of N samples of each source the one most like the others is scored')
+
+
 def parse(argv=None):
     """The options, and under `command` the line that was typed."""
     parser = Parser(description=__doc__)
@@ -88,47 +112,36 @@ def parse(argv=None):
     quality_parser = kinds.add_parser('quality', help='samples beside real text')
     speed_parser = kinds.add_parser('speed', help='time to write rows, beside its roofline bound')
     train_parser = kinds.add_parser('train', help='time and memory of one training iteration')
-    tables_parser = kinds.add_parser('tables', help='write the tables of the pages anew')
-    count = number(int, 1, 1_000_000)
-    several = number(int, 2, 1000)
-
-    add = quality_parser.add_argument
-    add('models', nargs='*', metavar='CHECKPOINT',
-        help='folders or .pt files, all of one data set; {seed} in a name stands for 0, 1, ...; '
-             'default: the newest student and its teacher')
-    add('--nfe', nargs='+', type=count, default=[1, 4, 64], help='network calls')
-    add('--rows', type=count, default=500,
-        help='samples of each model, nfe and seed; fewer if held-out text allows no more')
-    add('--seeds', type=count, default=1, help='how many seeds of rows and noise: 0, 1, ...')
-    add('--scorer', metavar='CHECKPOINT', help='text: an ar model; adds gen_ppl')
-    add_sampler_options(add)
-    # there are fewer sources then
-    add = quality_parser.add_mutually_exclusive_group().add_argument
-    add('--per-source', type=several,
-        help='pairs: samples of each source; adds self-BLEU and div-4')
-    add('--mbr', type=several, metavar='N',
-        help='pairs: of N samples of each source the one most like the others is scored')
+    kinds.add_parser('tables', help='write the tables of README.md and assets/*.md anew')
+    add_quality(quality_parser)
 
     add = speed_parser.add_argument
     add('models', nargs='*', metavar='MODEL[@NFE,NFE]',
         help='checkpoints, or untrained: student, flm, diffuseq, mdlm or ar, then ,L,V,D; '
              'default: the newest student and its teacher')
-    add('--nfe', nargs='+', type=count, default=[1, 4, 64], help='network calls without an @')
-    add('--batch', nargs='+', type=count, default=[1, 8, 64], help='rows written at once')
+    add('--nfe', nargs='+', type=positive_int, default=[1, 4, 64],
+        help='network calls of models without an @')
+    add('--batch', nargs='+', type=positive_int, default=[1, 8, 64],
+        help='rows written at once')
 
-    train_parser.add_argument('sizes', nargs='+', type=training_size, metavar='B,L,V,D',
-                              help='rows of a batch, their length, vocabulary, width')
-    tables_parser.add_argument('pages', nargs='*',
-                               help='Markdown files; default: README.md and assets/*.md')
+    add = train_parser.add_argument
+    add('sizes', nargs='+', type=training_size, metavar='B,L,V,D',
+        help='rows of a batch, their length, vocabulary, width')
+
     for one in (speed_parser, train_parser):
         add = one.add_argument
-        add('--layers', type=count, default=4, help='transformer blocks of untrained models')
-        add('--no-compile', dest='compile', action='store_false', help='no torch.compile on CUDA')
+        add('--layers', type=positive_int, default=4,
+            help='transformer blocks of untrained models')
+        add('--no-compile', dest='compile', action='store_false',
+            help='no torch.compile on CUDA')
     for one in (quality_parser, speed_parser, train_parser):
         add = one.add_argument
-        add('--out', help='the JSON file; default: a new one in out/')
-        add('--overwrite', action='store_true', help='--out may replace a file')
-        add('--device', default='', help='cpu, cuda or mps; default: the best there is')
+        add('--out',
+            help='the JSON file; default: a new one in out/')
+        add('--overwrite', action='store_true',
+            help='--out may replace a file')
+        add('--device', default='',
+            help='cpu, cuda or mps; default: the best there is')
     words = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(words)
     options.command = shlex.join(['python', 'bench.py', *words])
@@ -160,13 +173,16 @@ def jensen_shannon(a, b):
 
 def bag(row, dim):
     """How often each 1- and 2-gram of a list of ids occurs, hashed to `dim` counts: (dim,)."""
-    # two odd numbers, so that the order of a pair counts
-    hashes = [(token + 1) * 2654435761 % dim for token in row]
+    hashes = []
+    for token in row:
+        hashes.append((token + 1) * 2654435761 % dim)
+    # another odd number, so that the order of a pair counts
     for first, second in zip(row, row[1:]):
         mixed = (first + 1) * 2654435761 + (second + 1) * 40503
         hashes.append(mixed % dim)
     hashes = torch.tensor(hashes, dtype=torch.long)
-    return torch.bincount(hashes, minlength=dim).float()
+    counts = torch.bincount(hashes, minlength=dim)
+    return counts.float()
 
 
 def energy_distance(a, b, dim=512):
@@ -177,27 +193,30 @@ def energy_distance(a, b, dim=512):
     x = torch.stack([bag(row, dim) for row in a])
     y = torch.stack([bag(row, dim) for row in b])
     between = torch.cdist(x, y).double().mean()
-    within = 0.0
+    distance = 2 * between
     for z in (x, y):
         # no row is compared with itself
         pairs = len(z) * (len(z) - 1)
-        within += torch.cdist(z, z).double().sum() / pairs
-    return (2 * between - within).item()
+        within = torch.cdist(z, z).double()
+        distance -= within.sum() / pairs
+    return distance.item()
 
 
 def training_texts(ids, meta, rows_at_once=10_000):
     """The hashes of all training texts: the texts of a billion tokens would not fit in memory."""
-    L = meta['length']
     seen = set()
-    for start in range(0, len(ids), rows_at_once * L):
-        rows = as_rows(ids[start:start + rows_at_once * L], L)
-        seen.update(hash(tuple(text)) for _, text in split_rows(rows, meta))
+    size = rows_at_once * meta['length']
+    for start in range(0, len(ids), size):
+        rows = as_rows(ids[start:start + size], meta['length'])
+        for _, text in split_rows(rows, meta):
+            seen.add(hash(tuple(text)))
     return seen
 
 
 def copied(texts, seen):
     """The fraction of texts (lists of ids) that are, as a whole, texts of the training set."""
-    return sum(hash(tuple(ids)) in seen for ids in texts) / len(texts)
+    copies = [hash(tuple(ids)) in seen for ids in texts]
+    return sum(copies) / len(texts)
 
 
 def scored_positions(rows, meta):
@@ -211,10 +230,11 @@ def scored_positions(rows, meta):
 @torch.no_grad()
 def generative_perplexity(rows, meta, scorer):
     """exp of the mean -log p of the tokens of rows (B, L) under an ar model, the scorer."""
+    device = next(scorer.parameters()).device
     nats = 0.0
     tokens = 0
     for part in rows.split(256):
-        part = part.to(next(scorer.parameters()).device)
+        part = part.to(device)
         scored = scored_positions(part, meta)
         # what is given does not count
         given = torch.where(scored, -1, part)
@@ -255,8 +275,10 @@ def distinct(texts, n):
     Fraction of distinct n-grams among all n-grams of some texts (arXiv:1510.03055): dist-1 of one
     text, div-4 of all texts of a source.
     """
-    grams = all_ngrams([split_words(text) for text in texts], n)
-    return len(set(grams)) / max(1, len(grams))
+    words = [split_words(text) for text in texts]
+    grams = all_ngrams(words, n)
+    different = len(set(grams))
+    return different / max(1, len(grams))
 
 
 def self_bleu(texts):
@@ -271,25 +293,23 @@ def self_bleu(texts):
     return statistics.mean(scores) if scores else 0.0
 
 
-def mean_of(score, items):
-    """The mean of a score over a list."""
-    return statistics.mean(score(item) for item in items)
-
-
 def pair_figures(texts, targets, per_source):
     """Texts, `per_source` in a row for the same target, and their targets -> a dict of means."""
-    pairs = list(zip(texts, targets))
-    figures = {
-        'bleu': mean_of(lambda pair: bleu(*pair), pairs),
-        'rouge_l': mean_of(lambda pair: rouge_l(*pair), pairs),
-        'dist1': mean_of(lambda text: distinct([text], 1), texts),
-    }
+    scores = defaultdict(list)
+    for text, target in zip(texts, targets):
+        scores['bleu'].append(bleu(text, target))
+        scores['rouge_l'].append(rouge_l(text, target))
+        scores['dist1'].append(distinct([text], 1))
     # how much the samples of one source differ
     if per_source is not None:
-        groups = [texts[i:i + per_source] for i in range(0, len(texts), per_source)]
-        figures['self_bleu'] = mean_of(self_bleu, groups)
-        figures['div4'] = mean_of(lambda group: distinct(group, 4), groups)
-    return figures
+        for start in range(0, len(texts), per_source):
+            group = texts[start:start + per_source]
+            scores['self_bleu'].append(self_bleu(group))
+            scores['div4'].append(distinct(group, 4))
+    means = {}
+    for name, values in scores.items():
+        means[name] = statistics.mean(values)
+    return means
 
 
 # -----------------------------------------------------------------------------
@@ -331,7 +351,8 @@ def open_models(names, seeds):
         for seed in range(seeds):
             path = with_seed(name, seed)
             model, ckpt = open_checkpoint(path, 'cpu')
-            opened[path] = Opened(model.config, ckpt['meta'], ckpt['data'], ckpt['options'])
+            meta = ckpt['meta']
+            opened[path] = Opened(model.config, meta, ckpt['data'], ckpt['options'])
     return opened
 
 
@@ -340,7 +361,8 @@ def other_data(a, b):
     # the first checksum is of the description, and so of the folder's name
     a = {**a, 'crc': a['crc'][1:]}
     b = {**b, 'crc': b['crc'][1:]}
-    return difference(a, b, ('tokenizer', 'length', 'kind', 'pairs', 'crc'))
+    fields = ('tokenizer', 'length', 'kind', 'pairs', 'crc')
+    return difference(a, b, fields)
 
 
 def load_common_data(opened):
@@ -365,9 +387,11 @@ FOR_DATA = {'per_source': ['pairs'], 'mbr': ['pairs'], 'scorer': ['text']}
 
 def check_quality(options, opened, meta):
     """Stop at options without effect on these models, and where a package is missing."""
-    models = [MODELS[one.config.model] for one in opened.values()]
+    kinds = [one.config.model for one in opened.values()]
+    models = [MODELS[kind] for kind in kinds]
     refuse_sampler_options(options, models, 'these models')
-    refuse_unused(options, FOR_DATA, 'pairs' if meta['pairs'] else 'text', 'these models')
+    data = 'pairs' if meta['pairs'] else 'text'
+    refuse_unused(options, FOR_DATA, data, 'these models')
     # for a date any of eight texts is right, so none of them is a reference
     referenced = meta['pairs'] and meta['tokenizer']['name'] != 'dates'
     if referenced or options.mbr:
@@ -400,51 +424,51 @@ def open_scorer(name, meta, device):
     if scorer.config.model != 'ar':
         fail(f'--scorer {name}: is not autoregressive; make one: '
              'python train_teacher.py --model ar')
-    changed = difference(meta, ckpt['meta'], ('tokenizer', 'length'))
-    if changed:
-        fail(f'--scorer {name}: has {changed}')
+    changed = difference(meta, ckpt['meta'], ('tokenizer',))
+    if changed or scorer.config.length < meta['length']:
+        fail(f'--scorer {name}: has {changed or "shorter rows"}')
     return scorer
 
 
 # -----------------------------------------------------------------------------
 # Quality: the figures
 
-@dataclass
 class Reference:
-    """What samples are compared with, and how many are drawn."""
-    folder: str
-    meta: dict
-    held: torch.Tensor      # (n, L) held-out rows, in the order of the file
-    rows: int               # samples of each model, nfe and seed
-    each: int               # pairs: so many of them are of one source
-    scorer: object          # text: an ar model, or None
-    real: list              # text: lists of ids that samples should be like
-    seen: set               # text in rows: hashes of the training texts
-    chance: float           # stories: the fraction that is in the training set by chance
+    """What samples are compared with, and how many of them there are."""
 
+    def __init__(self, folder, data, options, scorer):
+        self.folder = folder
+        self.meta, train, val = data
+        self.scorer = scorer
+        # held-out rows (n, L), in the order of the file
+        held = as_rows(val, self.meta['length'])
+        self.held = torch.from_numpy(held)
+        # samples of each model, nfe and seed; of pairs so many of them are of one source
+        self.rows = rows_to_draw(options, self.meta, len(held))
+        self.each = options.per_source or options.mbr or 1
+        if not self.meta['pairs']:
+            self.add_texts(train)
 
-def make_reference(folder, data, options, scorer):
-    """(Reference, real rows (n, L) that are shown beside the samples of text; none for pairs)."""
-    meta, train, val = data
-    held = torch.from_numpy(as_rows(val, meta['length']))
-    rows = rows_to_draw(options, meta, len(held))
-    each = options.per_source or options.mbr or 1
-    reference = Reference(folder, meta, held, rows, each, scorer, [], set(), 0.0)
-    if meta['pairs']:
-        return reference, held[:0]
-    # one half is what samples should be like, the other shows what text scores; shuffled, as
-    # neighbors are alike
-    order = np.random.default_rng(0).permutation(len(held))
-    half = len(held) // 2
-    # beyond 2,000 rows figures hardly change
-    like = held[order[:half][:2000]]
-    reference.real = [ids for _, ids in split_rows(like, meta)]
-    # the text of a stream is not cut where samples are: a copy would not be found
-    if meta['kind'] == 'rows':
-        reference.seen = training_texts(train, meta)
-    if meta['tokenizer']['name'] == 'stories':
-        reference.chance = expected_seen(len(train) // meta['length'])
-    return reference, held[order[half:][:rows]]
+    def add_texts(self, train):
+        """What texts without a source are compared with."""
+        meta = self.meta
+        # shuffled, as neighbors are alike
+        rng = np.random.default_rng(0)
+        held = self.held[rng.permutation(len(self.held))]
+        half = len(held) // 2
+        # one half is what samples should be like; beyond 2,000 rows figures hardly change
+        like = held[:half][:2000]
+        self.real = [ids for _, ids in split_rows(like, meta)]
+        # the other half shows what text scores
+        self.shown = held[half:][:self.rows]
+        # the text of a stream is not cut where samples are: a copy would not be found
+        self.seen = set()
+        if meta['kind'] == 'rows':
+            self.seen = training_texts(train, meta)
+        # stories: the fraction that is in the training set by chance
+        self.chance = 0.0
+        if meta['tokenizer']['name'] == 'stories':
+            self.chance = expected_seen(len(train) // meta['length'])
 
 
 def text_figures(rows, reference):
@@ -495,11 +519,14 @@ def draw(reference, seed):
     """
     meta = reference.meta
     if not meta['pairs']:
-        return None, torch.full((reference.rows, meta['length']), -1)
-    rng = np.random.default_rng(seed)
+        nothing = torch.full((reference.rows, meta['length']), -1)
+        return None, nothing
+    held = reference.held
     sources = reference.rows // reference.each
-    chosen = rng.choice(len(reference.held), sources, replace=False)
-    known = reference.held[chosen].repeat_interleave(reference.each, dim=0)
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(held), sources, replace=False)
+    known = held[chosen]
+    known = known.repeat_interleave(reference.each, dim=0)
     return known, up_to(known, meta, '<sep>')
 
 
@@ -520,10 +547,13 @@ def pair_references(reference, options, seed):
     # the same sources as the models'
     known, _ = draw(reference, seed)
     pairs = split_rows(known, reference.meta)
-    # the samples of one source share its target, so another one is the next source's
-    moved = pairs[reference.each:] + pairs[:reference.each]
-    copies = [(source, source) for source, _ in pairs]
-    others = [(pair[0], next_pair[1]) for pair, next_pair in zip(pairs, moved)]
+    copies = []
+    others = []
+    for i, (source, _) in enumerate(pairs):
+        copies.append((source, source))
+        # the samples of one source share its target, so another one is the next source's
+        _, other = pairs[(i + reference.each) % len(pairs)]
+        others.append((source, other))
     figures = []
     for answers in (copies, others):
         rows = pair_rows(answers, reference.meta)
@@ -557,32 +587,40 @@ def measure(name, nfe, reference, options, device):
 
 def quality(options, device):
     """Measure every model at every nfe, after what needs no model."""
+    # what can be wrong
     names = options.models or newest_pair()
     opened = open_models(names, options.seeds)
     folder, data = load_common_data(opened)
-    meta = data[0]
-    check_quality(options, opened, meta)
-    scorer = open_scorer(options.scorer, meta, device)
+    check_quality(options, opened, data[0])
+    scorer = open_scorer(options.scorer, data[0], device)
     report = Report(options, device)
     drawing = Path(report.out).with_suffix('.svg')
     check_output('the picture', drawing, '.svg', options.overwrite)
-    # what it takes to train them again
-    report.about['trained'] = {path: one.options for path, one in opened.items()}
+    reference = Reference(folder, data, options, scorer)
+    # what it takes to do this again
+    report.about['rows'] = reference.rows
+    report.about['trained'] = trained = {}
+    for path, one in opened.items():
+        trained[path] = one.options
 
     # what real text scores, or answers that need no model
-    reference, real = make_reference(folder, data, options, scorer)
-    if meta['pairs']:
-        runs = [pair_references(reference, options, seed) for seed in range(options.seeds)]
-        report.add('the source itself', '', [copies for copies, _ in runs])
-        report.add('another target', '', [others for _, others in runs])
+    if reference.meta['pairs']:
+        copies = []
+        others = []
+        for seed in range(options.seeds):
+            copy, other = pair_references(reference, options, seed)
+            copies.append(copy)
+            others.append(other)
+        report.add('the source itself', '', copies)
+        report.add('another target', '', others)
     else:
-        report.add('held-out text', '', [text_figures(real, reference)])
+        report.add('held-out text', '', [text_figures(reference.shown, reference)])
 
     # the models
     plan = []
     for name in names:
-        config = opened[with_seed(name, 0)].config
-        for nfe in calls_of(config, options.nfe):
+        first = opened[with_seed(name, 0)]
+        for nfe in calls_of(first.config, options.nfe):
             plan.append((name, nfe))
     for i, (name, nfe) in enumerate(plan):
         tell(f'{i + 1} of {len(plan)}: {name}, nfe {nfe} ...')
@@ -602,15 +640,19 @@ def calls_of(config, calls):
 
 def median_seconds(work):
     """Median seconds of work(), after warm-up; an accelerator is waited for."""
-    timer = Timer('work()', globals={'work': work}, num_threads=torch.get_num_threads())
-    return timer.adaptive_autorange(min_run_time=1, max_run_time=10).median
+    threads = torch.get_num_threads()
+    timer = Timer('work()', globals={'work': work}, num_threads=threads)
+    times = timer.adaptive_autorange(min_run_time=1, max_run_time=10)
+    return times.median
 
 
 def machine_rates(device):
     """What a machine reaches: FLOP/s of a large product, bytes/s read or written by a copy."""
-    cuda = device.type == 'cuda'
-    n = 8192 if cuda else 1024
-    size = 2 ** 28 if cuda else 2 ** 26  # floats
+    n = 1024
+    size = 2 ** 26  # floats
+    if device.type == 'cuda':
+        n = 8192
+        size = 2 ** 28
     # in the type that models compute in
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -627,14 +669,18 @@ def matrix_weights(*parts):
     """How many weights of matrices are in modules: each position meets them once in a call."""
     total = 0
     for part in parts:
-        total += sum(p.numel() for p in part.parameters() if p.ndim == 2)
+        for p in part.parameters():
+            if p.ndim == 2:
+                total += p.numel()
     return total
 
 
 def forward_flops(weights, layers, length, width):
     """Floating-point operations of one network call for one row."""
-    # a multiply and an add for each weight; attention has two products, each L x L x D
-    return 2 * weights * length + 4 * layers * length ** 2 * width
+    # two products, each L x L x D
+    attention = 4 * layers * length ** 2 * width
+    # a multiply and an add for each weight
+    return 2 * weights * length + attention
 
 
 def denoiser_weights(net):
@@ -666,8 +712,9 @@ def bytes_read(model, rows, nfe, number_size):
     """The fewest bytes that must be read to write so many rows in nfe calls; see row_flops."""
     c = model.config
     net = model.net
+    weights = sum(p.nbytes for p in net.parameters())
     # of the tables only the rows of given tokens are looked up
-    weights = sum(p.nbytes for p in net.parameters()) - net.embed.nbytes - net.known.weight.nbytes
+    weights -= net.embed.nbytes + net.known.weight.nbytes
     if c.model == 'ar':
         seen = c.length * (c.length + 1) / 2
         # keys and values, of which each call reads those before it
@@ -687,8 +734,9 @@ def roofline_bound(model, rows, nfe, rates, number_size):
     products or reading its weights. Weights that stay in a cache are read faster.
     """
     flops, bandwidth = rates
+    computing = rows * row_flops(model, nfe) / flops
     reading = bytes_read(model, rows, nfe, number_size) / bandwidth
-    return max(rows * row_flops(model, nfe) / flops, reading)
+    return max(computing, reading)
 
 
 def heads_of(width):
@@ -704,7 +752,9 @@ def new_model(kind, length, vocab, width, layers):
         kind = 'flm'
         calls = 1
     heads = heads_of(width)
-    return build(Config(vocab, length, layers, heads, width, width, model=kind, calls=calls))
+    channels = width
+    config = Config(vocab, length, layers, heads, width, channels, model=kind, calls=calls)
+    return build(config)
 
 
 def open_timed(name, layers, device):
@@ -716,7 +766,8 @@ def open_timed(name, layers, device):
         model, _ = open_checkpoint(with_seed(name, 0), device)
     else:
         kind, shape = size
-        model = new_model(kind, *shape, layers).to(device).eval()
+        model = new_model(kind, *shape, layers)
+        model = model.to(device).eval()
     return round_weights(model)
 
 
@@ -739,7 +790,8 @@ def recorded(work):
 def write_nothing_given(model, rows, nfe):
     """Write so many rows, nothing given, as sample.py does."""
     device = next(model.parameters()).device
-    nothing = torch.full((rows, model.config.length), -1, device=device)
+    shape = (rows, model.config.length)
+    nothing = torch.full(shape, -1, device=device)
     with autocast(device):
         return model.sample(nothing, nfe)
 
@@ -776,7 +828,8 @@ def speed(options, device):
             for nfe in calls_of(config, calls or options.nfe):
                 plan.append((name, rows, nfe))
     report = Report(options, device)
-    rates = report.measure_rates(device)
+    rates = machine_rates(device)
+    report.tell_rates(rates)
     for i, (name, rows, nfe) in enumerate(plan):
         tell(f'{i + 1} of {len(plan)}: {name}, nfe {nfe}, {rows} rows ...')
         report.attempt(name, nfe, time_writing, name, rows, nfe, options, rates, device)
@@ -802,7 +855,8 @@ class GPTBlock(nn.Module):
     def forward(self, x):
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x))
-        qkv = qkv.view(B, L, 3, self.heads, D // self.heads)
+        size = D // self.heads
+        qkv = qkv.view(B, L, 3, self.heads, size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(B, L, D)
@@ -829,22 +883,27 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
+        # each position predicts the next one
         logits = logits[:, :-1].flatten(0, 1)
-        return F.cross_entropy(logits, tokens[:, 1:].flatten())
+        target = tokens[:, 1:].flatten()
+        return F.cross_entropy(logits, target)
 
 
 def dense_loss(model, tokens, given, tau):
     """The loss as published code computes it: one-hot rows, V normals per token, all (B, L, V)."""
+    vocab = model.config.vocab
     # three tensors of V numbers for each token: text, noise and their sum
-    onehot = F.one_hot(tokens, model.config.vocab).float()
+    onehot = F.one_hot(tokens, vocab).float()
     noise = torch.randn_like(onehot)
     t = model.t_of(tau)[:, None, None]
     x_t = (1 - t) * noise + t * onehot
     # on GPUs this product is in TF32, see training_step
     with torch.autocast(tokens.device.type, enabled=False):
         h = x_t @ model.net.embed.float()
-    log_p = model.predict(h, given, tau).log_softmax(-1)
-    return -(onehot * log_p).sum(-1).mean(1)
+    logits = model.predict(h, given, tau)
+    log_p = logits.log_softmax(-1)
+    nats = -(onehot * log_p).sum(-1)  # (B, L)
+    return nats.mean(1)
 
 
 def peak_memory(device):
@@ -862,7 +921,7 @@ def peak_memory(device):
     return 1024 * int(re.search(r'VmHWM:\s*(\d+) kB', status)[1])
 
 
-def training_step(formulation, size, options, flops_per_s, device):
+def training_step(formulation, size, options, rates, device):
     """
     Forward and backward of a flow, or of a GPT: time, tokens/s, mfu (the fraction of the rate of
     large products that the network's products reach) and peak memory beyond the model's: a dict in
@@ -872,12 +931,13 @@ def training_step(formulation, size, options, flops_per_s, device):
     torch.set_float32_matmul_precision('high' if formulation == 'dense' else 'highest')
     tokens = torch.randint(vocab, (rows, length), device=device)
     if formulation == 'gpt':
-        net = GPT(length, vocab, width, options.layers).to(device)
+        net = GPT(length, vocab, width, options.layers)
+        net = net.to(device)
         weights = matrix_weights(net.blocks, net.head)
         loss = partial(net, tokens)
     else:
-        model = new_model('flm', length, vocab, width, options.layers).to(device)
-        net = model.net
+        model = new_model('flm', length, vocab, width, options.layers)
+        net = model.to(device).net
         weights = denoiser_weights(net)
         given = torch.full_like(tokens, -1)
         tau = torch.rand(rows, device=device)
@@ -904,7 +964,7 @@ def training_step(formulation, size, options, flops_per_s, device):
         'tokens': tokens.numel(),
         'ms': 1000 * seconds,
         'tokens_per_s': tokens.numel() / seconds,
-        'mfu': flops / seconds / flops_per_s,
+        'mfu': flops / seconds / rates[0],
     }
     if peak is not None:
         figures['peak_GB'] = (peak - before) / 1e9
@@ -916,12 +976,13 @@ def train(options, device):
     for _, *shape in options.sizes:
         check_shape(*shape)
     report = Report(options, device)
-    flops_per_s, _ = report.measure_rates(device)
+    rates = machine_rates(device)
+    report.tell_rates(rates)
     for size in options.sizes:
         for formulation in ('projected', 'dense', 'gpt'):
             name = f'{formulation} {",".join(map(str, size))}'
             tell(f'{name} ...')
-            report.attempt(name, '', training_step, formulation, size, options, flops_per_s, device)
+            report.attempt(name, '', training_step, formulation, size, options, rates, device)
     report.finish()
 
 
@@ -940,8 +1001,11 @@ class Report:
         self.failed = []
         self.heading = ''
         told = dict(vars(options))
+        machine = str(device)
+        if device.type == 'cuda':
+            machine = torch.cuda.get_device_name()
         self.about = {
-            'device': torch.cuda.get_device_name() if device.type == 'cuda' else str(device),
+            'device': machine,
             'cpu_capability': torch.backends.cpu.get_cpu_capability(),
             'torch': str(torch.__version__),
             'threads': torch.get_num_threads(),
@@ -950,14 +1014,13 @@ class Report:
             'options': told,
         }
 
-    def measure_rates(self, device):
-        """machine_rates, which are written down, too."""
-        flops, bandwidth = machine_rates(device)
+    def tell_rates(self, rates):
+        """Keep what the machine reached."""
+        flops, bandwidth = rates
         self.about['GFLOP_per_s'] = flops / 1e9
         self.about['GB_per_s'] = bandwidth / 1e9
         # a file that cannot be written is found now, and not after an hour
         self.write()
-        return flops, bandwidth
 
     def add(self, name, nfe, runs):
         """A new line, which is printed and written: a stop loses nothing."""
@@ -968,8 +1031,13 @@ class Report:
         if heading != self.heading:
             self.heading = heading
             say(f'\n{heading}\n{"|---" * (len(found) + 2)}|')
-        cells = [with_spread(mean, spread) for mean, spread in found.values()]
-        say(as_row([name, str(nfe), *cells]))
+        cells = [name, str(nfe)]
+        for mean, half_range in found.values():
+            cell = digits(mean)
+            if half_range:
+                cell += f' ({digits(half_range)})'
+            cells.append(cell)
+        say(as_row(cells))
         self.write()
 
     def attempt(self, name, nfe, work, *arguments):
@@ -990,10 +1058,12 @@ class Report:
 
     def write(self):
         """The JSON file, whole."""
-        runs = []
-        for name, nfe, figures in self.lines:
-            runs.append({'model': name, 'nfe': nfe, 'seeds': figures})
-        written = {**self.about, 'failed': self.failed, 'runs': runs}
+        written = dict(self.about)
+        written['failed'] = self.failed
+        written['runs'] = []
+        for name, nfe, runs in self.lines:
+            run = {'model': name, 'nfe': nfe, 'seeds': runs}
+            written['runs'].append(run)
         text = json.dumps(written, indent=1) + '\n'
         write_whole(self.out, text.encode())
 
@@ -1014,14 +1084,9 @@ def summary(runs):
     return found
 
 
-def digits(x, n=3):
-    """A figure with n significant digits, or whole where these would not reach its point."""
-    return f'{x:,.0f}' if abs(x) >= 10 ** n - 0.5 else f'{x:.{n}g}'
-
-
-def with_spread(mean, spread):
-    """A mean, and half the range if there is any."""
-    return f'{digits(mean)} ({digits(spread, 2)})' if spread else digits(mean)
+def digits(x):
+    """A figure with three significant digits, or whole where these would not reach its point."""
+    return f'{x:,.0f}' if abs(x) >= 999.5 else f'{x:.3g}'
 
 
 def as_row(cells):
@@ -1037,11 +1102,14 @@ def plot_quality(axes, lines, key, by_time):
         if nfe:
             found = summary(runs)
             x = found['ms_per_row'][0] if by_time else nfe
-            curves.setdefault(name, []).append((x, found[key][0]))
+            y = found[key][0]
+            curves.setdefault(name, []).append((x, y))
     for name, points in curves.items():
+        points.sort()
         # the end of a path tells models apart
-        label = '/'.join(Path(name.removesuffix('/model.pt')).parts[-2:])
-        axes.plot(*zip(*sorted(points)), 'o-', label=label)
+        path = Path(name.removesuffix('/model.pt'))
+        label = '/'.join(path.parts[-2:])
+        axes.plot(*zip(*points), 'o-', label=label)
     axes.set(xlabel='ms per row' if by_time else 'network calls', ylabel=key)
     # 1, 2, 4, ...
     axes.set_xscale('log', base=2)
@@ -1060,12 +1128,12 @@ def picture(lines, path):
         tell('there is no picture, which needs: pip install matplotlib')
         return
     # validity where it is known, or distance, or likeness to targets
-    measured = lines[0][2][0]
-    key = next(key for key in ('valid', 'energy', 'bleu') if key in measured)
+    _, _, runs = lines[0]
+    keys = [key for key in ('valid', 'energy', 'bleu') if key in runs[0]]
     figure = Figure(figsize=(5, 6), layout='constrained')
     above, below = figure.subplots(2)
-    plot_quality(above, lines, key, by_time=False)
-    plot_quality(below, lines, key, by_time=True)
+    plot_quality(above, lines, keys[0], by_time=False)
+    plot_quality(below, lines, keys[0], by_time=True)
     # above both, where it hides no point
     figure.legend(*above.get_legend_handles_labels(), loc='outside upper left')
     # without a date, and with names that are not drawn, so that equal figures give equal files
@@ -1121,18 +1189,21 @@ def page_table(path, link, entries):
         kind = columns if '{' in what else models
         kind.append((name, what))
 
-    names = [name for name, _ in columns]
-    lines = [as_row([f'[{path.stem}]({link})', 'calls', *names])]
+    headings = [name for name, _ in columns]
+    lines = [as_row([f'[{path.stem}]({link})', 'calls', *headings])]
     lines.append('|---' * (len(columns) + 2) + '|')
     for label, what in models:
         end, _, calls = what.partition(' @ ')
         chosen = [run for run in runs if run['model'].endswith(end)]
-        if len({run['model'] for run in chosen}) != 1:
+        names = {run['model'] for run in chosen}
+        if len(names) != 1:
             fail(f'{path}: {end!r} is not the end of exactly one model')
         for nfe, figures in page_figures(chosen).items():
-            if not calls or str(nfe) in calls.split():
-                cells = [page_cell(form, figures) for _, form in columns]
-                lines.append(as_row([label, str(nfe), *cells]))
+            if calls and str(nfe) not in calls.split():
+                continue
+            cells = [page_cell(form, figures) for _, form in columns]
+            line = as_row([label, str(nfe), *cells])
+            lines.append(line)
     return '\n'.join(lines)
 
 
@@ -1146,11 +1217,10 @@ def fill_tables(text, folder):
     return re.sub(r'(<!-- table: (\S+)\n(.*?)-->\n).*?<!-- end -->', fill, text, flags=re.S)
 
 
-def tables(options):
-    """Write the tables of pages anew."""
+def tables():
+    """Write the tables of README.md and assets/*.md anew."""
     here = Path(__file__).parent
-    pages = options.pages or [here / 'README.md', *sorted((here / 'assets').glob('*.md'))]
-    for page in map(Path, pages):
+    for page in [here / 'README.md', *here.glob('assets/*.md')]:
         old = page.read_text(encoding='utf-8')
         new = fill_tables(old, page.parent)
         if new != old:
@@ -1160,7 +1230,7 @@ def tables(options):
 
 def main(options):
     if options.what == 'tables':
-        tables(options)
+        tables()
         return
     device = pick_device(options.device)
     # what is timed is the first GPU

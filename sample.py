@@ -49,14 +49,22 @@ def models_with(option):
 
 
 # the kinds of model that an option of samplers is for
-ONLY_FOR = {option: models_with(option) for option in ('temperature', 'gamma', 'method', 'clamp')}
+ONLY_FOR = {
+    'temperature': models_with('temperature'),
+    'gamma': models_with('gamma'),
+    'method': models_with('method'),
+    'clamp': models_with('clamp'),
+}
 
 # likewise; an autoregressive model makes one call for each token
 NFE_FOR = {'nfe': ['flm', 'diffuseq', 'mdlm']}
 
 # the kinds of data that a given text is for
-GIVEN_FOR = {'prompt': ['models of text'], 'infill': ['models of text'],
-             'source': ['models of pairs']}
+GIVEN_FOR = {
+    'prompt': ['models of text'],
+    'infill': ['models of text'],
+    'source': ['models of pairs'],
+}
 
 
 class SampleParser(Parser):
@@ -298,10 +306,12 @@ def known_row(writer, where, text):
     if len(ids) >= length:
         fail(f'{where}: {len(ids)} tokens, but a row of this model holds {length}, at least one of '
              'which is to be generated; shorten the text')
-    rest = [-1] * (length - len(ids))
+    left = length - len(ids)
+    rest = [-1] * left
     if where == '--infill' and writer.meta['kind'] == 'rows':
         # the text ends after the last word given
-        rest = [special['<eos>']] + [special['<pad>']] * (len(rest) - 1)
+        rest = [special['<pad>']] * left
+        rest[0] = special['<eos>']
     return torch.tensor([ids + rest])
 
 
@@ -377,16 +387,19 @@ def most_alike(texts):
     sums = []
     for i, text in enumerate(texts):
         others = texts[:i] + texts[i + 1:]
-        sums.append(sum(bleu(text, other) for other in others))
+        scores = [bleu(text, other) for other in others]
+        sums.append(sum(scores))
     return sums.index(max(sums))
 
 
 def best_rows(rows, n, meta, encoding=None):
     """Of each n rows (B, L), which share a source, the one most like the others: (B/n, L)."""
     texts = [text for _, text in to_texts(rows, meta, encoding)]
-    best = torch.arange(0, len(rows), n)
-    for i, start in enumerate(best.tolist()):
-        best[i] += most_alike(texts[start:start + n])
+    best = []
+    for start in range(0, len(rows), n):
+        chosen = most_alike(texts[start:start + n])
+        best.append(start + chosen)
+    best = torch.tensor(best, dtype=torch.long)
     return rows[best]
 
 
@@ -435,7 +448,8 @@ def best_as_written(parts, n, writer):
         rows = torch.cat([pending, rows])
         whole = len(rows) // n * n
         pending = rows[whole:]
-        yield best_rows(rows[:whole], n, writer.meta, writer.encoding), seconds
+        best = best_rows(rows[:whole], n, writer.meta, writer.encoding)
+        yield best, seconds
 
 
 def write(writer, options):
@@ -612,7 +626,8 @@ def compare(ours, teacher, options):
     few = network_calls(teacher.model.config, 1)
     many = network_calls(teacher.model.config, TEACHER_CALLS)
     runs = [(teacher, nfe) for nfe in sorted({few, many})]
-    runs.append((ours, network_calls(ours.model.config, options.nfe)))
+    nfe = network_calls(ours.model.config, options.nfe)
+    runs.append((ours, nfe))
 
     # one after the other; the noise is seeded anew for each
     names = []
@@ -677,8 +692,11 @@ def export(path, model, ckpt):
     """Write a checkpoint of the averaged weights only, in half precision."""
     # tau(t) of a flow and the bias of a diffusion are small, and stay in fp32
     model.net.half()
-    kept = ('iter', 'seconds', 'meta', 'data', 'options', 'parents')
-    save(path, {'ema': model}, **{name: ckpt[name] for name in kept if name in ckpt})
+    kept = {}
+    for name in ('iter', 'seconds', 'meta', 'data', 'options', 'parents'):
+        if name in ckpt:
+            kept[name] = ckpt[name]
+    save(path, {'ema': model}, **kept)
     tell(f'{path}: {os.path.getsize(path):,} bytes')
 
 
@@ -706,12 +724,13 @@ def main(options):
         check_model(options, [model], ours.meta['pairs'], path)
         write(ours, options)
         return
-    teacher = make_writer(options.compare, *open_checkpoint(options.compare, device))
+    other, other_ckpt = open_checkpoint(options.compare, device)
+    teacher = make_writer(options.compare, other, other_ckpt)
     # the same noise can be shown, and the same text be given
     changed = difference(ours.meta, teacher.meta, ('tokenizer', 'length', 'kind', 'pairs'))
     if changed:
         fail(f'--compare {teacher.path}: it has {changed}, beside {path}')
-    check_model(options, [model, teacher.model], ours.meta['pairs'], path)
+    check_model(options, [model, other], ours.meta['pairs'], path)
     compare(ours, teacher, options)
 
 

@@ -4310,6 +4310,8 @@ def test_help_and_examples_are_understood(capsys, script, words):
 
     assert end.value.code == 0
     assert len(examples) == 6
+    if words == 'quality':
+        assert '--temperature' in out
     for option in re.findall(r'^  (-.*)$', out, re.M):
         # its help is beside it, or below
         assert '  ' in option or re.search(re.escape(option) + r'\n {10}', out)
@@ -4810,8 +4812,8 @@ def test_copies_are_found_wherever_they_stand(place):
     assert bench.copied([*texts, [1, 2, 3]], seen) == 0.75
     data = prepare_data.load_dataset(place / 'data/stream')
     options = bench.parse(['quality', 'm.pt', '--rows', '4'])
-    reference, real = bench.make_reference(str(place / 'data/stream'), data, options, None)
-    assert 'copied' not in bench.text_figures(real, reference)
+    reference = bench.Reference(str(place / 'data/stream'), data, options, None)
+    assert 'copied' not in bench.text_figures(reference.shown, reference)
 
 
 def test_perplexity_is_of_the_text_and_not_of_the_padding():
@@ -4895,8 +4897,7 @@ def number_pairs(place, *words):
     options = bench.parse(['quality', 'm.pt', *words])
     folder = place / 'data/numbers'
     data = prepare_data.load_dataset(folder)
-    reference, _ = bench.make_reference(str(folder), data, options, None)
-    return reference, options
+    return bench.Reference(str(folder), data, options, None), options
 
 
 def test_mbr_scores_one_sample_of_each_source(place):
@@ -5286,7 +5287,7 @@ After.
 
 
 def test_a_table_of_a_page_is_made_from_its_figures(here, capsys):
-    """Figures of another model or batch; a page that differs each time; a page half written."""
+    """Figures of another model or batch; a page that differs each time."""
     def line(model, nfe, *seeds):
         return {'model': model, 'nfe': nfe, 'seeds': list(seeds)}
 
@@ -5297,11 +5298,8 @@ def test_a_table_of_a_page_is_made_from_its_figures(here, capsys):
             line('out/ar', 21, {'valid': 0.9375, 'train_minutes': 12.0})]
     Path('data').mkdir()
     Path('data/f.json').write_text(json.dumps({'runs': runs}))
-    Path('page.md').write_text(PAGE_WITH_A_TABLE)
 
-    call(capsys, bench, 'tables', 'page.md')
-    made = Path('page.md').read_text()
-    _, again, _ = call(capsys, bench, 'tables', 'page.md')
+    made = bench.fill_tables(PAGE_WITH_A_TABLE, here)
 
     table = made.split('-->\n')[1].split('<!-- end')[0].splitlines()
     assert table == [
@@ -5311,9 +5309,10 @@ def test_a_table_of_a_page_is_made_from_its_figures(here, capsys):
         '| student | 4 |  |  | 3.0 (4) |  |',
         '| rival, slow | 21 | 93.8 % | 0 % |  | 12 |']
     assert made.replace('\n'.join(table), '| something old |') == PAGE_WITH_A_TABLE
-    assert again == ''
-    Path('page.md').write_text(PAGE_WITH_A_TABLE.replace('flow/student', 'elsewhere'))
-    assert "'elsewhere'" in call(capsys, bench, 'tables', 'page.md')[2]
+    assert bench.fill_tables(made, here) == made
+    with pytest.raises(SystemExit):
+        bench.fill_tables(PAGE_WITH_A_TABLE.replace('flow/student', 'elsewhere'), here)
+    assert "'elsewhere'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('page', ['README.md', *(f'assets/{path.name}' for path in

@@ -647,7 +647,6 @@ def compare(ours, teacher, options):
         say(f'{name} {sanity_line(ours, rows, nfe, ms, options.seed)}')
         names.append(name)
         columns.append(to_lines(rows, ours))
-    print_side_by_side(names, columns, n, shown)
 
     if options.film is not None:
         title = f'{role(ours.model.config)}: call {nfe} of {nfe}'
@@ -657,6 +656,7 @@ def compare(ours, teacher, options):
         drawn = film(frames[-2], frames[-1][-1], titles, ours)
         write_whole(options.film, drawn.encode())
         tell(f'film: {options.film}')
+    print_side_by_side(names, columns, n, shown)
 
 
 def print_side_by_side(names, columns, n, shown):

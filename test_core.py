@@ -5068,8 +5068,8 @@ def test_what_was_measured_outlives_failure_and_stop(place, here, monkeypatch, c
     assert json.loads(Path('failed.json').read_text())['failed'] == [said]
     assert end.value.code == 130
     # without --out, a name that nothing had
-    path, = Path('out').glob('quality-*.json')
-    for path in (path, 'failed.json'):
+    stopped, = Path('out').glob('quality-*.json')
+    for path in (stopped, 'failed.json'):
         assert [line[1] for line in figures_in(path)] == ['', 2]
 
 

@@ -13,6 +13,8 @@ writes, how long it will take, and sanity metrics, which tell text from noise.
 """
 
 import html
+import json
+import logging
 import os
 import re
 import shutil
@@ -23,14 +25,16 @@ from datetime import timedelta
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (UNSPACED, Parser, check_output, encode, fail, fraction, make_encoding,
-                          need, nonnegative_int, number, run_script, sanity_metrics, say, tell,
-                          to_texts, write_whole)
+from prepare_data import (SPECIAL, UNSPACED, Parser, check_output, encode, fail, fraction,
+                          make_encoding, make_tokenizer, need, nonnegative_int, number, run_script,
+                          sanity_metrics, say, tell, to_texts, write_whole)
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from model import (MODELS, load, newest_checkpoint, pick_device, round_weights, save,
-                   write_parts, write_rows)
+from model import (MODELS, Config, build, load, newest_checkpoint, pick_device, reparameterization,
+                   round_weights, save, write_parts, write_rows)
 from train_teacher import as_flag, difference, refuse_unused
 
 # the weights that come with this code
@@ -85,6 +89,8 @@ def parse(argv=None):
     add('checkpoint', nargs='?',
         help='a .pt file, or the folder of a model.pt; default: the newest in out/, else the '
              'weights that come with this code')
+    add('--official', metavar='NAME',
+        help=f'weights that the authors of the paper publish: {", ".join(PUBLISHED)}, or a file')
     add('--device', default='', help='cpu, cuda or mps; default: the best there is')
     # what to write
     add('-n', type=number(int, 1, 1_000_000), help='texts, for each source [8]')
@@ -114,6 +120,8 @@ def parse(argv=None):
 
 def check_options(options):
     """Stop at what cannot be, before a model is loaded."""
+    if options.official is not None and options.checkpoint is not None:
+        fail(f'--official {options.official} and {options.checkpoint}: name one of them')
     if options.film is not None and options.compare is None:
         fail('--film draws what --compare shows; add --compare TEACHER')
     if options.mbr is not None:
@@ -200,6 +208,8 @@ def check_model(options, models, pairs, path):
     refuse_sampler_options(options, models, f'{path}, of the kind {kind}')
     refuse_unused(options, NFE_FOR, kind, f'{path}, of the kind {kind}')
     data = 'models of pairs' if pairs else 'models of text'
+    if models[0].config.network == 'paper':
+        data = 'models trained without given tokens'
     refuse_unused(options, GIVEN_FOR, data, f'{path}, one of the {data}')
 
 
@@ -641,13 +651,164 @@ def export(path, model, ckpt):
 
 
 # -----------------------------------------------------------------------------
+# The weights that the authors of FLM and FMLM publish: huggingface.co/david3684
+
+# how the commits begin whose files are known
+PUBLISHED = {
+    'FLM-B-LM1B': 'cd0ca433',
+    'FMLM-B-LM1B': '356592ce',
+    'FLM-B-OWT': '624471b9',
+    'FMLM-B-OWT': '483ea1b3',
+}
+
+# their vocabularies: tokenizer and length of rows, and how many of our four special tokens are new
+PUBLISHED_VOCAB = {
+    30_522: ('bert', 128, 4),
+    # GPT-2's <|endoftext|> and a [PAD] serve as <eos> and <pad>
+    50_258: ('gpt2', 1024, 2),
+}
+
+# parts of a block, as they and as we call them
+PUBLISHED_NAMES = {
+    'norm1.weight': 'norm1',
+    'attn_qkv.weight': 'qkv.weight',
+    'attn_out.weight': 'out.weight',
+    'norm2.weight': 'norm2',
+    'mlp.0.weight': 'up.weight',
+    'mlp.0.bias': 'up.bias',
+    'mlp.2.weight': 'down.weight',
+    'mlp.2.bias': 'down.bias',
+}
+
+
+def published(name):
+    """The checkpoint of published weights, which are fetched and converted once: its path."""
+    file = Path(name)
+    folder = Path('out') / (file.resolve().parent.name if file.suffix else name)
+    if os.path.isfile(folder / 'model.pt'):
+        return folder / 'model.pt'
+    if not file.suffix:
+        if name not in PUBLISHED:
+            names = ', '.join(PUBLISHED)
+            fail(f'--official {name}: must be a .safetensors file, or one of {names}')
+        file = fetch(f'david3684/{name}', 'model.safetensors', PUBLISHED[name])
+    theirs = read_safetensors(file)
+    if 'vocab_embed.embedding' not in theirs:
+        fail(f'{file} is not of FLM or FMLM')
+    vocab = len(theirs['vocab_embed.embedding'])
+    if vocab not in PUBLISHED_VOCAB:
+        fail(f'{file}: a vocabulary of {vocab:,} tokens, which none of the published models has')
+    how, length, new = PUBLISHED_VOCAB[vocab]
+    if how == 'bert':
+        how = f'bert:{fetch("google-bert/bert-base-uncased", "vocab.txt")}'
+    tokenizer = make_tokenizer(how, [])
+    special = {name: vocab + new - 4 + i for i, name in enumerate(SPECIAL)}
+    meta = {'name': folder.name, 'vocab': vocab + new, 'kind': 'stream', 'pairs': False,
+            'length': length, 'special': special, 'tokenizer': tokenizer, 'crc': None}
+    flow = from_published(theirs, length, new)
+    save(folder / 'model.pt', {'ema': flow}, iter=0, meta=meta, data='', options={})
+    tell(f'{folder}/model.pt: written, an ordinary checkpoint')
+    return folder / 'model.pt'
+
+
+def fetch(repo, name, commit=''):
+    """A file of the Hugging Face hub, downloaded once: its path."""
+    need('huggingface_hub', '--official')
+    from huggingface_hub import HfApi, hf_hub_download
+    tell(f'fetching {name} of {repo}')
+    logging.disable()  # the client tells of each of its retries
+    try:
+        # the hub wants the whole name of a commit
+        commits = [found.commit_id for found in HfApi().list_repo_commits(repo)]
+        revision = [found for found in commits if found.startswith(commit)][0]
+        return hf_hub_download(repo, name, revision=revision)
+    except Exception as error:  # the hub's client raises dozens of kinds
+        reason = ' '.join(str(error).split())[:200]
+        fail(f'{repo} cannot be fetched ({type(error).__name__}: {reason}); see to the network and '
+             'to room on the disk, and try again')
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file: a JSON header after its length, then the numbers."""
+    dtypes = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+    tensors = {}
+    try:
+        data = np.memmap(path, np.uint8, 'r')
+        start = 8 + int.from_bytes(data[:8].tobytes(), 'little')
+        header = json.loads(data[8:start].tobytes())
+        header.pop('__metadata__', None)
+        for name, about in header.items():
+            begin, end = about['data_offsets']
+            numbers = torch.from_numpy(data[start + begin:start + end].copy())
+            numbers = numbers.view(dtypes[about['dtype']])
+            tensors[name] = numbers.view(about['shape']).float()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        fail(f'{path}: is no whole .safetensors file; download it again')
+    return tensors
+
+
+def from_published(theirs, length, new):
+    """
+    A state dict of their class DIT -> OneHotFlow. `new` token ids are added after theirs: rows of
+    0 in E, which add nothing to the noise, and a logit at the cap.
+    """
+    vocab, width = theirs['vocab_embed.embedding'].shape
+    layers = sum(name.endswith('attn_qkv.weight') for name in theirs)
+    half = len(theirs.pop('rotary_emb.inv_freq'))
+    config = Config(
+        vocab=vocab + new, length=length, layers=layers, heads=width // (2 * half), width=width,
+        channels=width, network='paper', calls=int('sigma_map_prime.mlp.0.weight' in theirs),
+        cond=len(theirs['sigma_map.mlp.0.weight']), dropout=0.1)
+    flow = build(config)
+    # a fresh bias holds the 1 of their 1 + scale
+    fresh = flow.net.modulation.bias.detach()
+
+    try:
+        ours = {
+            'embed': F.pad(theirs.pop('vocab_embed.embedding'), (0, 0, 0, new)),
+            'norm': theirs.pop('output_layer.norm_final.weight'),
+            'head.weight': F.pad(theirs.pop('output_layer.linear.weight'), (0, 0, 0, new)),
+            'head.bias': F.pad(theirs.pop('output_layer.linear.bias'), (0, new), value=-1e4),
+        }
+        for i in range(layers):
+            for their_name, name in PUBLISHED_NAMES.items():
+                ours[f'blocks.{i}.{name}'] = theirs.pop(f'blocks.{i}.{their_name}')
+        # one modulation for all blocks, and the head
+        modules = [f'blocks.{i}' for i in range(layers)] + ['output_layer']
+        for kind in ('weight', 'bias'):
+            parts = [theirs.pop(f'{module}.adaLN_modulation.{kind}') for module in modules]
+            ours[f'modulation.{kind}'] = torch.cat(parts)
+        ours['modulation.bias'] += fresh
+        for name in list(theirs):
+            if name.startswith('sigma_map'):
+                module, _, rest = name.split('.', 2)  # sigma_map . mlp . 0.weight
+                time = 'time_to' if module.endswith('prime') else 'time'
+                ours[f'{time}.{rest}'] = theirs.pop(name)
+        # what is left weighs the training loss
+        left = [name for name in theirs if not name.startswith('learnable_loss_weighting.')]
+        if left:
+            raise KeyError(left[0])
+        flow.net.load_state_dict(ours)
+    except (KeyError, RuntimeError) as error:
+        fail(f'these weights are not of FLM or FMLM as it is known here: {str(error)[:200]}')
+    # tau(t) of their vocabulary, without the new ids
+    _, taus = reparameterization(vocab)
+    flow.taus.copy_(taus)
+    return flow.eval()
+
+
+# -----------------------------------------------------------------------------
 # The script
 
 def main(options):
     # what can be wrong without a model, before one is loaded
     check_options(options)
     device = pick_device(options.device)
-    path = options.checkpoint or default_checkpoint()
+    path = options.checkpoint
+    if options.official is not None:
+        path = published(options.official)
+    elif path is None:
+        path = default_checkpoint()
     model, ckpt = load(path, device)
 
     # the file itself

@@ -4214,7 +4214,7 @@ REFUSED = [
     ('sample student.pt --prompt a --infill _', 'not allowed with'),
     ('sample student.pt --compare teacher.pt --watch', 'not allowed with'),
     ('sample student.pt --prompt -x', '--prompt=-x'),
-    ('sample student.pt a text', 'quotes'),
+    ('sample student.pt a text', 'unrecognized arguments'),
     # and files
     ('sample no.pt', 'no such checkpoint'),
     ('sample notes.txt', 'notes.txt is not a checkpoint'),
@@ -4377,7 +4377,7 @@ def test_both_scripts_tell_a_sampler_the_same(place, monkeypatch, capsys, kind, 
     monkeypatch.setattr(bench, 'timed_rows', listen)
     monkeypatch.setattr(bench, 'picture', lambda *how: None)
     monkeypatch.setattr(sample, 'warm_up', lambda *how: None)
-    monkeypatch.setattr(sample, 'rows_as_written', lambda *how, **more: [listen(*how, **more)])
+    monkeypatch.setattr(sample, 'write_parts', lambda *how, **more: [listen(*how, **more)])
     monkeypatch.setattr(bench, 'write_whole', lambda path, data: None)
 
     call(capsys, sample, f'{kind}.pt', *words.split())
@@ -4481,7 +4481,7 @@ def test_texts_are_printed_as_they_are_written(place, capsys):
     given = nothing_given(300, 24)
     want, _ = models.write_rows(model, given, 2, seed=0)
     seen = []
-    for rows, _ in sample.rows_as_written(model, given, 2, seed=0):
+    for rows, _ in models.write_parts(model, given, 2, seed=0):
         seen.append(rows)
 
     assert [len(rows) for rows in seen] == [256, 44]
@@ -4744,6 +4744,180 @@ def test_a_stop_keeps_the_texts_so_far(place, how):
     assert len(said) == (how == 'Ctrl-C')
 
 
+# -----------------------------------------------------------------------------
+# The weights that the authors publish. The expected numbers are what their code returned
+
+PUBLISHED_V = 12
+PUBLISHED_D = 16
+
+# log-probabilities of the first position; then texts of 1 and of 4 calls, from the same noise
+PUBLISHED_SAY = {
+    'teacher': [-2.26518, -3.95207, -1.74644, -5.43511, -7.20182, -5.47501, -0.53683, -6.55213,
+                -5.57443, -3.23645, -2.93475, -4.50802],
+    'student': [-5.88546, -7.22452, -0.6634, -7.07397, -3.71573, -5.41609, -5.4008, -3.3603,
+                -4.17699, -11.44835, -0.93494, -5.3898],
+}
+PUBLISHED_WRITE = {
+    'teacher': {1: [6, 0, 0, 0, 0, 0], 4: [0, 0, 0, 0, 0, 0]},
+    'student': {1: [2, 10, 2, 10, 10, 10], 4: [10, 10, 2, 10, 10, 10]},
+}
+
+
+def published_state(kind):
+    """Small weights by the names of their class DIT, from numbers that numpy never changes."""
+    V, D = PUBLISHED_V, PUBLISHED_D
+    shapes = {'vocab_embed.embedding': (V, D)}
+    for name in ['sigma_map', 'sigma_map_prime'][:1 + (kind == 'student')]:
+        shapes[f'{name}.mlp.0.weight'] = (8, 256)
+        shapes[f'{name}.mlp.0.bias'] = (8,)
+        shapes[f'{name}.mlp.2.weight'] = (8, 8)
+        shapes[f'{name}.mlp.2.bias'] = (8,)
+    for i in range(2):
+        shapes[f'blocks.{i}.norm1.weight'] = (D,)
+        shapes[f'blocks.{i}.attn_qkv.weight'] = (3 * D, D)
+        shapes[f'blocks.{i}.attn_out.weight'] = (D, D)
+        shapes[f'blocks.{i}.norm2.weight'] = (D,)
+        shapes[f'blocks.{i}.mlp.0.weight'] = (4 * D, D)
+        shapes[f'blocks.{i}.mlp.0.bias'] = (4 * D,)
+        shapes[f'blocks.{i}.mlp.2.weight'] = (D, 4 * D)
+        shapes[f'blocks.{i}.mlp.2.bias'] = (D,)
+        shapes[f'blocks.{i}.adaLN_modulation.weight'] = (6 * D, 8)
+        shapes[f'blocks.{i}.adaLN_modulation.bias'] = (6 * D,)
+    shapes['output_layer.norm_final.weight'] = (D,)
+    shapes['output_layer.linear.weight'] = (V, D)
+    shapes['output_layer.linear.bias'] = (V,)
+    shapes['output_layer.adaLN_modulation.weight'] = (2 * D, 8)
+    shapes['output_layer.adaLN_modulation.bias'] = (2 * D,)
+    numbers = np.random.RandomState(0)
+    state = {}
+    for name, shape in shapes.items():
+        # queries and keys so large that the cap on attention matters
+        size = 1.2 if 'qkv' in name else 1.0 if 'linear' in name or 'embed' in name else 0.3
+        state[name] = torch.tensor(size * numbers.randn(*shape), dtype=torch.float32)
+    state['rotary_emb.inv_freq'] = 10000 ** (-torch.arange(4) / 4)
+    return state
+
+
+def write_safetensors(path, state):
+    """A .safetensors file of a state dict in fp32."""
+    header = {'__metadata__': {'format': 'pt'}}
+    numbers = b''
+    for name, x in state.items():
+        data = x.float().numpy().tobytes()
+        place = [len(numbers), len(numbers) + len(data)]
+        header[name] = {'dtype': 'F32', 'shape': list(x.shape), 'data_offsets': place}
+        numbers += data
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + numbers)
+
+
+@pytest.mark.parametrize('kind', ['teacher', 'student'])
+def test_published_weights_predict_and_write_as_with_the_authors_code(kind):
+    """
+    A name mapped to the wrong weight, a lost 1 +, another cap, GELU, scale of tau or rotary half,
+    the two times swapped, new ids that are written.
+    """
+    x = torch.tensor(np.random.RandomState(1).randn(1, 6, PUBLISHED_V), dtype=torch.float32)
+    flow = sample.from_published(published_state(kind), 6, new=4)
+    h = x @ flow.net.embed[:PUBLISHED_V]
+    t = torch.tensor([0.75]) if kind == 'student' else None
+
+    with torch.no_grad():
+        logits = flow.predict(h, nothing_given(1), torch.tensor([0.25]), t)
+    said = logits[0, 0, :PUBLISHED_V].log_softmax(-1)
+    flow.noise = lambda *how: h
+    written = {nfe: flow.sample(nothing_given(1), nfe)[0].tolist() for nfe in (1, 4)}
+
+    torch.testing.assert_close(said, torch.tensor(PUBLISHED_SAY[kind]), atol=2e-4, rtol=0)
+    assert written == PUBLISHED_WRITE[kind]
+
+
+@pytest.mark.parametrize('vocab, times', [
+    (30522, [0.773478, 0.804477, 0.828097]), (50258, [0.779238, 0.808741, 0.831367])])
+def test_tau_of_published_weights_is_that_of_their_vocabulary(vocab, times):
+    """Our special tokens counted in K, or a coarser table than theirs."""
+    ts, taus = models.reparameterization(vocab)
+
+    found = models.piecewise_linear(torch.tensor([0.25, 0.5, 0.75], dtype=DOUBLE), taus, ts)
+
+    torch.testing.assert_close(found, torch.tensor(times, dtype=DOUBLE), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize('vocab, calls, parameters', [
+    (30522, 0, 139_292_986), (30522, 1, 139_342_394),
+    (50258, 0, 169_627_218), (50258, 1, 169_676_626)])
+def test_the_papers_network_has_the_published_number_of_parameters(vocab, calls, parameters):
+    """A bias too many, or a missing one."""
+    config = Config(vocab, 8, layers=12, heads=12, width=768, channels=768, network='paper',
+                    calls=calls)
+
+    with torch.device('meta'):
+        net = models.Denoiser(config, vocab)
+
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_a_published_file_becomes_an_ordinary_checkpoint(here, monkeypatch, capsys):
+    """A converted model that sample and distill do not take, or a file fetched twice."""
+    monkeypatch.setattr(sample, 'PUBLISHED_VOCAB', {12: ('byte', 6, 4)})
+    monkeypatch.setattr(sample, 'make_tokenizer', lambda how, texts: {
+        'name': 'words:16', 'pattern': '.', 'tokens': list('abcdefghijkl')})
+    path = here / 'FLM-B-TINY' / 'model.safetensors'
+    write_safetensors(path, published_state('teacher'))
+
+    status, out, err = call(capsys, sample, '--official', path, '-n', 3, '--nfe', 2)
+    path.unlink()
+    again = call(capsys, sample, 'out/FLM-B-TINY', '-n', 3, '--nfe', 2)
+
+    assert status == 0, err
+    assert out.count('\n') == 3
+    assert again[1] == out
+    model, _ = models.load('out/FLM-B-TINY')
+    assert model.taus[500] == models.reparameterization(12)[1].float()[500]
+    refused = call(capsys, sample, 'out/FLM-B-TINY', '--prompt', 'a')
+    assert refused[0] == 2
+    assert 'without given tokens' in refused[2]
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda state, path: path.write_bytes(b'no tensors'), 'no whole .safetensors'),
+    (lambda state, path: path.write_bytes(path.read_bytes()[:-9]), 'no whole .safetensors'),
+    (lambda state, path: write_safetensors(path, {'a': torch.ones(2)}), 'not of FLM'),
+    (lambda state, path: write_safetensors(path, {**state, 'more': torch.ones(2)}), 'more'),
+    (lambda state, path: write_safetensors(
+        path, {**state, 'output_layer.linear.bias': torch.ones(3)}), 'head.bias'),
+])
+def test_what_is_no_published_file_is_refused(here, monkeypatch, capsys, change, said):
+    """A traceback, or a checkpoint of half of the weights."""
+    monkeypatch.setattr(sample, 'PUBLISHED_VOCAB', {12: ('byte', 6, 4)})
+    path = here / 'FLM-B-TINY' / 'model.safetensors'
+    state = published_state('teacher')
+    write_safetensors(path, state)
+    change(state, path)
+
+    status, out, err = call(capsys, sample, '--official', path)
+
+    assert (status, out) == (2, '')
+    assert said in err.split('\n')[-2]
+    assert not os.path.exists('out/FLM-B-TINY')
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('offline')])
+def test_failed_downloads_are_one_line(here, monkeypatch, capsys, error):
+    """A traceback of the hub's client."""
+    def fails(*how, **more):
+        raise error
+
+    hub = pytest.importorskip('huggingface_hub')
+    monkeypatch.setattr(hub.HfApi, 'list_repo_commits', fails)
+
+    status, out, err = call(capsys, sample, '--official', 'FMLM-B-LM1B')
+
+    assert (status, out) == (2, '')
+    assert 'cannot be fetched' in err.split('\n')[-2]
+
+
 # =============================================================================
 # bench.py
 
@@ -4979,13 +5153,13 @@ def test_quality_of_several_models_and_seeds(place, here, capsys):
     xml.etree.ElementTree.parse('q.svg')
 
 
-TEXT = {'js1', 'js2', 'js3', 'energy', 'copied', 'unique'}
+TEXT_METRICS = {'js1', 'js2', 'js3', 'energy', 'copied', 'unique'}
 PAIRS = {'entropy', 'unique', 'words', 'bleu', 'rouge_l', 'dist1'}
 
 
 @pytest.mark.parametrize('name, words, figures', [
-    ('student', '', {'entropy', 'words', *TEXT}),
-    ('stories', '', {'well_formed', 'valid', 'slot_entropy', 'slot_divergence', *TEXT,
+    ('student', '', {'entropy', 'words', *TEXT_METRICS}),
+    ('stories', '', {'well_formed', 'valid', 'slot_entropy', 'slot_divergence', *TEXT_METRICS,
                      'copied_by_chance'}),
     ('pairs', '', PAIRS),
     ('pairs', '--per-source 2', {'self_bleu', 'div4', *PAIRS}),
@@ -5025,8 +5199,8 @@ def test_figures_of_each_kind_of_data(place, here, capsys, name, words, figures)
 @pytest.mark.parametrize('package', ['nltk', 'rouge_score'])
 def test_missing_packages_are_named_first(place, here, monkeypatch, capsys, package):
     """An ImportError after all samples are drawn."""
-    find_spec = sample.importlib.util.find_spec
-    monkeypatch.setattr(sample.importlib.util, 'find_spec',
+    find_spec = prepare_data.importlib.util.find_spec
+    monkeypatch.setattr(prepare_data.importlib.util, 'find_spec',
                         lambda name: None if name == package else find_spec(name))
 
     status, _, err = call(capsys, bench, 'quality', place / 'pairs.pt', '--rows', 20)

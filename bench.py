@@ -30,8 +30,9 @@ from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
 from prepare_data import (Parser, as_rows, check_output, expected_seen, fail, jensen_shannon,
-                          load_dataset, need, number, positive_int, run_script, sanity_metrics, say,
-                          split_rows, story_metrics, tell, to_texts, write_whole)
+                          load_dataset, need, newest_dataset, number, positive_int, run_script,
+                          sanity_metrics, say, split_rows, story_metrics, tell, to_texts,
+                          write_whole)
 
 import numpy as np
 import torch
@@ -357,10 +358,13 @@ def open_models(names, seeds):
 
 def other_data(a, b):
     """How two descriptions of data differ, as a sentence; '' if they do not."""
-    # the first checksum is of the description, and so of the folder's name
-    a = {**a, 'crc': a['crc'][1:]}
-    b = {**b, 'crc': b['crc'][1:]}
-    fields = ('tokenizer', 'length', 'kind', 'pairs', 'crc')
+    fields = ['tokenizer', 'length', 'kind', 'pairs']
+    # published weights do not say which data they saw
+    if a['crc'] and b['crc']:
+        fields.append('crc')
+        # the first checksum is of the description, and so of the folder's name
+        a = {**a, 'crc': a['crc'][1:]}
+        b = {**b, 'crc': b['crc'][1:]}
     return difference(a, b, fields)
 
 
@@ -371,7 +375,7 @@ def load_common_data(opened):
         changed = other_data(opened[first].meta, opened[path].meta)
         if changed:
             fail(f'{path} cannot be compared with {first}: it was trained on {changed}')
-    folder = opened[first].data
+    folder = opened[first].data or newest_dataset()
     data = load_dataset(folder)
     # they may have been prepared again since
     changed = other_data(opened[first].meta, data[0])
@@ -468,6 +472,15 @@ class Reference:
         self.chance = 0.0
         if meta['tokenizer']['name'] == 'stories':
             self.chance = expected_seen(len(train) // meta['length'])
+
+
+def shuffled(rows, meta):
+    """Rows (n, L) with the tokens of each text in a random order: no text, of the right words."""
+    rng = np.random.default_rng(0)
+    rows = rows.clone()
+    for row, (_, ids) in zip(rows, split_rows(rows, meta)):
+        row[:len(ids)] = torch.from_numpy(rng.permutation(ids))
+    return rows
 
 
 def text_figures(rows, reference):
@@ -614,6 +627,8 @@ def quality(options, device):
         report.add('another target', '', others)
     else:
         report.add('held-out text', '', [text_figures(reference.shown, reference)])
+        mixed = shuffled(reference.shown, reference.meta)
+        report.add('the same, shuffled', '', [text_figures(mixed, reference)])
 
     # the models
     plan = []
@@ -711,9 +726,9 @@ def bytes_read(model, rows, nfe, number_size):
     """The fewest bytes that must be read to write so many rows in nfe calls; see row_flops."""
     c = model.config
     net = model.net
-    weights = sum(p.nbytes for p in net.parameters())
-    # of the tables only the rows of given tokens are looked up
-    weights -= net.embed.nbytes + net.known.weight.nbytes
+    # of tables only the rows of given tokens are looked up
+    tables = ('embed', 'known.weight')
+    weights = sum(p.nbytes for name, p in net.named_parameters() if name not in tables)
     if c.model == 'ar':
         seen = c.length * (c.length + 1) / 2
         # keys and values, of which each call reads those before it
@@ -800,9 +815,8 @@ def time_writing(name, rows, nfe, options, rates, device):
     model = open_timed(name, options.layers, device)
     work = partial(write_nothing_given, model, rows, nfe)
     if options.compile and device.type == 'cuda':
-        # for one shape at a time: a second one would make shapes variables
         torch.compiler.reset()
-        model.net.compile()
+        model.net.compile(dynamic=False)
         work = recorded(work)
     seconds = median_seconds(work)
     number_size = 2 if has_bf16(device) else 4
@@ -944,7 +958,7 @@ def training_step(formulation, size, options, rates, device):
         loss = partial(formula, tokens, given, tau)
     if options.compile and device.type == 'cuda':
         torch.compiler.reset()
-        net.compile()
+        net.compile(dynamic=False)
 
     def work():
         with autocast(device):

@@ -1,6 +1,5 @@
 """Everything that can silently go wrong, on a CPU: each docstring names the bug that it catches."""
 import ast
-import bz2
 import contextlib
 import functools
 import gzip
@@ -88,26 +87,6 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the hub: a dict of columns, or the error that loading raises."""
-    datasets = pytest.importorskip('datasets')
-    held = {}
-
-    def load_dataset(*words, **how):
-        if 'error' in held:
-            raise held['error']
-        return datasets.Dataset.from_dict(held)
-
-    monkeypatch.setattr(prepare_data.logging, 'disable', lambda: None)
-    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    return held
-
-
-# -----------------------------------------------------------------------------
-# Tokenizers
-
-
 def encoding_of(how, texts=()):
     return prepare_data.make_encoding(prepare_data.make_tokenizer(how, texts))
 
@@ -157,8 +136,8 @@ def test_any_text_comes_back_from_bytes(monkeypatch):
     assert [ends for _, ends in chunks] == [False] * (len(chunks) - 2) + [True, False]
     assert prepare_data.make_tokenizer('bpe:300', [text]) == spec
     encoding = prepare_data.make_encoding(spec)
-    for text in ('Any: \u2603', '\u200d\u0301 \ufe0f\U0001f469\u200d\U0001f680\x00\x1f'):
-        assert prepare_data.decode(encoding, prepare_data.encode(encoding, text)) == text
+    text = 'Any: \u2603 \u200d\u0301 \ufe0f\U0001f469\u200d\U0001f680\x00\x1f'
+    assert prepare_data.decode(encoding, prepare_data.encode(encoding, text)) == text
 
 
 WRITTEN = ["A dog's ball isn't red-hot, \u2018yes\u2019 \u2026 it is (5 m).\nNo: a dog\u2019s.",
@@ -203,16 +182,14 @@ def bert(home):
 
 
 @pytest.mark.parametrize('tokenizer, prompt, unknown', [
-    ('words:500', 'The zebra runs', 'zebra'), ('words:500', 'a Dog', 'Dog'),
-    ('words:500', 'The dog!', '!'), ('bert', '\U0001f600 hi', '\U0001f600'),
-    ('bert', 'a \u4e66\u3002\u4e66', '\u4e66'), ('bert', 'hi.\u6211', '\u6211'),
+    ('words:500', 'The zebra runs', 'zebra'), ('words:500', 'The dog!', '!'),
+    ('bert', 'a \u4e66\u3002\u4e66', '\u4e66'), ('bert', 'hi.\U0001f600', '\U0001f600'),
     ('stories', 'Nora has 4', '4'), ('stories', 'Nora has seventeen', 'seventeen'),
-    ('dates', '1987-03-23x', 'x'),
 ])
 def test_what_a_tokenizer_cannot_write_is_named(bert, capsys, tokenizer, prompt, unknown):
     """A prompt with holes in it."""
-    texts = {'words:500': WRITTEN, 'stories': draws(3000), 'dates': ['1987-03-23', '1/2/1905']}
-    encoding = encoding_of(bert if tokenizer == 'bert' else tokenizer, texts.get(tokenizer, ()))
+    texts = WRITTEN if tokenizer == 'words:500' else draws(3000)
+    encoding = encoding_of(bert if tokenizer == 'bert' else tokenizer, texts)
 
     with pytest.raises(SystemExit):
         prepare_data.encode(encoding, prompt)
@@ -224,8 +201,7 @@ def test_what_a_tokenizer_cannot_write_is_named(bert, capsys, tokenizer, prompt,
 def test_rows_that_cannot_be_written_are_left_out(capsys, bert, tokenizer):
     """Rows with holes in them, where characters or words were dropped in silence."""
     written = [f'{a}{b} hi .' for a in 'ab' for b in 'abc']
-    lines = [*written, 'ab \U0001f600', '\u6211\u4eec']
-    Path('a.txt').write_text('\n'.join(lines), encoding='utf-8')
+    Path('a.txt').write_text('\n'.join([*written, 'a \U0001f600', '\u6211\u4eec']), 'utf-8')
     tokenizer = bert if tokenizer == 'bert' else tokenizer
 
     meta, train, val, out = prepared(capsys, '--rows', '--length', 8, '--tokenizer', tokenizer)
@@ -245,7 +221,6 @@ def lines_of_words(n):
     (lines_of_words(2000), ['--rows'], 'words:2000', 124, 5),           # few words, many lines
     (lines_of_words(600), ['--rows'], 'byte', 260, 16),                 # too few lines of them
     ('\n'.join('ab' * i for i in range(1, 100)), ['--rows'], 'byte', 260, 128),  # not the longest
-    (lines_of_words(2000), [], 'byte', 260, 32),
     ('one two three four. ' * 11_000, [], 'bpe:512', 274, 32),
 ])
 def test_tokenizer_and_length_suit_the_text(home, capsys, text, rows, tokenizer, vocab, length):
@@ -256,13 +231,6 @@ def test_tokenizer_and_length_suit_the_text(home, capsys, text, rows, tokenizer,
 
     assert (meta['tokenizer']['name'], meta['vocab'], meta['length']) == (tokenizer, vocab, length)
     assert f'{tokenizer}, {vocab} tokens' in out
-    for characters, size in [(500_000, 1024), (10 ** 7, 2048)]:
-        pair = [('x', 'y' * (characters - 1))]
-        assert prepare_data.choose_tokenizer(pair, 'rows') == f'bpe:{size}'
-
-
-# -----------------------------------------------------------------------------
-# Dates and stories
 
 
 def test_dates_are_complete_and_fit_their_rows():
@@ -292,8 +260,7 @@ def draws(n, seed=0):
 
 
 def test_drawn_stories_are_always_the_same_and_right():
-    """Other data than the weights were trained on; a text that the grammar draws and the reader
-    refuses, so that `valid` would never reach 1."""
+    """Other data than the weights were trained on; a text that is drawn and never read as valid."""
     texts = draws(3000)
 
     stories = [prepare_data.read_story(text) for text in texts]
@@ -351,8 +318,7 @@ def every_story():
             result = number + change if plot in ('find', 'share') else number - change
             if not 1 <= result <= 12 or (plot == 'share' and number != change):
                 continue
-            slots = itertools.product(*prepare_data.CHOICES.values(), names, names)
-            for values in slots:
+            for values in itertools.product(*prepare_data.CHOICES.values(), names, names):
                 story = dict(zip([*prepare_data.CHOICES, 'other', 'happy'], values))
                 story.update(plot=plot, number=number, change=change, result=result)
                 if story['name'] != story['other'] and story['happy'] in values[-2:] + values[:1]:
@@ -364,18 +330,14 @@ def test_probabilities_of_stories_sum_to_one(monkeypatch):
     texts = sum(prepare_data.story_ways(plot) * len(results)
                 for plot, sums in prepare_data.SUMS.items() for results in sums.values())
     assert texts == 7_903_872
-    assert prepare_data.expected_seen(0) == 0
     assert prepare_data.expected_seen(135_000) == pytest.approx(0.27422548684984827, rel=1e-12)
     few = {'name': ['Nora', 'Ben', 'Tom'], 'thing': ['box'], 'adjective': ['old', 'red'],
            'quality': ['old'], 'place': ['bag', 'shed']}
     monkeypatch.setattr(prepare_data, 'CHOICES', few)
 
-    probabilities = {}
-    for text in every_story():
-        story = prepare_data.read_story(text)
-        if story:
-            p = prepare_data.story_probability(story['plot'], story['number'])
-            probabilities[text] = p
+    read = {text: prepare_data.read_story(text) for text in every_story()}
+    probabilities = {text: prepare_data.story_probability(story['plot'], story['number'])
+                     for text, story in read.items() if story}
 
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-12)
     # what is drawn is as frequent as its probability, here the plot with the fewest texts
@@ -395,7 +357,7 @@ def test_metrics_of_stories_of_collapse_and_of_noise():
 
     assert drawn['well_formed'] == drawn['valid'] == collapsed['valid'] == 1
     assert drawn['slot_entropy'] == pytest.approx(0.9994385694473223, rel=1e-12)
-    assert drawn['slot_divergence'] == pytest.approx(0.0010140802369207336, abs=1e-12)
+    assert drawn['slot_divergence'] == pytest.approx(0.0010140802369205115, abs=1e-12)
     assert collapsed['slot_divergence'] > 0.5
     assert collapsed['unique'] == 0.01
     assert collapsed['slot_entropy'] == noise['valid'] == noise['slot_entropy'] == 0
@@ -407,45 +369,32 @@ def test_stories_are_the_default_and_no_text_is_in_both_splits(home, monkeypatch
     few = draws(3000)
     monkeypatch.setattr(prepare_data, 'stories', lambda: few)
 
-    status, out, _ = prepare(capsys)
+    out = prepare(capsys)[1]
     meta, train, val = prepare_data.load_dataset('data/stories')
 
-    assert status == 0
     assert out.splitlines()[-1] == 'next: python train_teacher.py --data data/stories'
     assert set(items_of(train, meta)).isdisjoint(items_of(val, meta))
     assert items_of([*train, *val], meta) == [('', text) for text in sorted(few)]
     assert len(val) == pytest.approx(300 * 21, rel=0.1)
-    metrics = prepare_data.sanity_metrics(prepare_data.as_rows(train, 21), meta)
-    assert list(metrics) == ['well_formed', 'valid', 'slot_entropy', 'unique']
 
 
-# -----------------------------------------------------------------------------
-# Reading
-
-LINES = [f'Line number {i} of this text.' for i in range(60)]
-TEXT = '\n'.join(LINES)
+TEXT = '\n'.join(f'Line number {i} of this text.' for i in range(60))
 POEMS = {'p/a': 'A rose\nis red.\n', 'p/b.txt': 'Two\nlines.<|endoftext|>Third.',
          'p/more/c.txt': 'Last.', 'p/.DS_Store': b'\0\xff', 'p/.git/config': 'no text'}
-ENGLISH = [{'text': '1', 'en': 'yes', 'de': 'ja'}, {'text': '2', 'en': 'no', 'de': 'nein'}]
 # files, the words after `x --input`, and the stream, the rows or the pairs that people mean by them
 MEANT = [
     *[({name: TEXT}, shlex.quote(name), TEXT + '<eos>') for name in (
-        'a.TXT', 'a.md', 'a', 'n.en-00001-of-00100', 'a b?.txt', '\u4e16 \u00e9.txt', "it's.txt",
-        '.notes')],
+        'a.TXT', 'a', 'n.en-00001-of-00100', 'a b?.txt', "it's.txt", '.notes')],
     ({'a[1]*.txt': TEXT, 'a1x.txt': 'another'}, "'a[1]*.txt'", TEXT + '<eos>'),
     *[({'a.txt': ('\ufeff' + TEXT).encode(encoding)}, 'a.txt', TEXT + '<eos>')
       for encoding in ('utf-8', 'utf-16-le', 'utf-16-be')],
-    *[({name: pack.compress(TEXT.encode())}, name, TEXT + '<eos>')
-      for name, pack in [('a.txt.gz', gzip), ('a.bz2', bz2), ('a.md', lzma)]],
+    ({'a.md': lzma.compress(TEXT.encode())}, 'a.md', TEXT + '<eos>'),
     (POEMS, 'p p/b.txt --length 4', 'A rose\nis red.\n<eos>Two\nlines.<eos>Third.<eos>Last.<eos>'),
     (POEMS, 'p --rows', ['A rose\nis red.\n', 'Last.', 'Third.', 'Two\nlines.']),
-    ({'v.txt': '\n<|endoftext|>\n'.join('abc')}, 'v.txt --rows', ['a', 'b', 'c']),
     ({'a.jsonl.gz': gzip.compress(b'{"text": "1987-03-23"}\n\n{"text": "007", "id": []}')},
      'a.jsonl.gz --rows', ['007', '1987-03-23']),
-    ({'a.json': '[{"text": "a\\nb"},\n {"text": "b"}]'}, 'a.json --rows', ['a\nb', 'b']),
-    ({'a.json': '["NA", "null"]'}, 'a.json --rows', ['NA', 'null']),
-    ({'a.ndjson': '{"prompt": "p", "completion": "1"}\n{"completion": "2", "prompt": "q"}\n'},
-     'a.ndjson', [('p', '1'), ('q', '2')]),
+    ({'a.json': '[{"text": "a\\nb"},\n {"text": "NA"}]'}, 'a.json --rows', ['NA', 'a\nb']),
+    ({'a.ndjson': '{"text": "p"}\n{"id": 1, "text": "q"}\n'}, 'a.ndjson --rows', ['p', 'q']),
     ({'a.csv': 'id,text\n1,"Said ""no"", twice"\n2,5" of it\n'}, 'a.csv --rows',
      ['5" of it', 'Said "no", twice']),
     ({'a.csv': 'src;trg\n1,5;"a\nb"\n2,5;c'}, 'a.csv', [('1,5', 'a\nb'), ('2,5', 'c')]),
@@ -456,8 +405,8 @@ MEANT = [
     ({'a.tsv': 'id\tquestion\tanswer\n1\tp\tx\n2\tq\ty\n'}, 'a.tsv', [('p', 'x'), ('q', 'y')]),
     ({'a.tsv': 'en\tde\nyes\tja\nno\tnein'}, 'a.tsv --columns de en',
      [('ja', 'yes'), ('nein', 'no')]),
-    ({'a.parquet': ENGLISH}, 'a.parquet --columns en de', [('no', 'nein'), ('yes', 'ja')]),
-    ({'a.parquet': ENGLISH}, 'a.parquet --rows', ['1', '2']),
+    ({'a.parquet': [{'n': 1, 'en': 'yes', 'de': 'ja'}, {'n': 2, 'en': 'no', 'de': 'nein'}]},
+     'a.parquet --columns en de', [('no', 'nein'), ('yes', 'ja')]),
 ]
 
 
@@ -474,10 +423,7 @@ def write_files(files):
 
 @pytest.mark.parametrize('files, words, meant', MEANT)
 def test_files_are_read_as_people_mean_them(home, capsys, files, words, meant):
-    """
-    Names that are patterns, hidden files, marks of Windows, files read twice or as one; texts taken
-    for times or numbers; quotes of a spreadsheet, and those of the text; source and target changed.
-    """
+    """Files read twice, marks of Windows, quotes, texts taken for times, or targets for sources."""
     write_files(files)
     words = ['x', '--tokenizer', 'byte', '--length', 24, '--input', *shlex.split(words)]
 
@@ -494,8 +440,7 @@ def test_files_are_read_as_people_mean_them(home, capsys, files, words, meant):
 
 
 def test_a_stream_is_its_text_and_its_end_is_held_out(home, capsys):
-    """Lost characters where bytes, accents or line ends are awkward; another part held out; keys
-    that the other scripts need."""
+    """Lost characters at line ends or accents; another part held out; keys that are gone."""
     text = 'The cat sat on the mat. The dog sat on the \u00e9\u4e16.\r\n' * 100
     Path('a.txt').write_bytes(text.encode())
 
@@ -507,7 +452,6 @@ def test_a_stream_is_its_text_and_its_end_is_held_out(home, capsys):
                           'train_tokens', 'val_tokens', 'tokenizer', 'crc']
     assert (meta['name'], meta['kind'], meta['length']) == ('x', 'stream', 8)
     assert list(meta['special'].values()) == list(range(meta['vocab'] - 4, meta['vocab']))
-    assert sorted(os.listdir('data/x')) == ['meta.json', 'train.bin', 'val.bin']
 
 
 def test_what_is_left_out_is_counted(home, capsys):
@@ -530,37 +474,30 @@ def test_what_is_left_out_is_counted(home, capsys):
     assert paired.endswith('\nor:   python train_teacher.py --data data/q --model diffuseq\n')
 
 
-def test_a_long_wait_says_what_is_left(home, monkeypatch, capsys):
+def test_a_long_wait_says_what_is_left(monkeypatch, capsys):
     """Minutes without a word."""
-    Path('a.txt').write_text(TEXT)
     clock = itertools.count(0, 5)
     monkeypatch.setattr(prepare_data.time, 'time', lambda: next(clock))
 
-    *_, out = prepared(capsys, '--rows', '--tokenizer', 'bpe:300', '--length', 60)
-
-    for what in ('counting words', 'learning tokens', 'encoding'):
-        assert len(re.findall(rf'^{what}: \d+%, \d+ s left$', out, re.M)) > 5
-
-
-# -----------------------------------------------------------------------------
-# What is held out of pairs
-
-
-def zipf(rng, texts, n):
-    return rng.choices(texts, [1 / i for i in range(1, len(texts) + 1)], k=n)
+    assert list(prepare_data.progress('reading', 'abc')) == ['a', 'b', 'c']
+    assert capsys.readouterr().out.splitlines()[0] == 'reading: 33%, 10 s left'
 
 
 def repeated(kind):
     """Pairs whose targets are repeated: a label, a common reply, or a word that answers any."""
     rng = random.Random(0)
+
+    def zipf(texts, n):
+        return rng.choices(texts, [1 / i for i in range(1, len(texts) + 1)], k=n)
+
     if kind == 'labels':
-        return [(f'text {i}', zipf(rng, ['bad', 'good', 'fair'], 1)[0]) for i in range(3000)]
+        return [(f'text {i}', label) for i, label in enumerate(zipf(['bad', 'good', 'fair'], 3000))]
     if kind == 'replies':
-        targets = zipf(rng, [f'reply {i}' for i in range(2000)], 20_000)
-        return [(f'line {i}', target) for i, target in enumerate(targets)]
+        replies = zipf([f'reply {i}' for i in range(2000)], 20_000)
+        return [(f'line {i}', reply) for i, reply in enumerate(replies)]
     # the turns of a chat, of which each is what the next one answers
-    said = [rng.choice([text, f'{text}, {i}'])
-            for i, text in enumerate(zipf(rng, ['ok', 'yes', 'no', 'well'], 9000))]
+    turns = enumerate(zipf(['ok', 'yes', 'no', 'well'], 9000))
+    said = [rng.choice([text, f'{text}, {i}']) for i, text in turns]
     return list(dict.fromkeys(zip(said, said[1:])))
 
 
@@ -584,8 +521,8 @@ def test_targets_are_distributed_alike_in_both_splits(kind):
 @pytest.mark.parametrize('pairs', [
     [(f'{group} {i}', f'{group} {j}') for group in range(400)
      for i, j in itertools.permutations(range(3), 2)],
-    [(f'what is {i}', f'tell me {i}') for i in range(500)]
-    + [(f'tell me {i}', f'say what is {i}') for i in range(0, 500, 9)],
+    [*((f'what is {i}', f'tell me {i}') for i in range(500)),
+     *((f'tell me {i}', f'say what is {i}') for i in range(0, 500, 9))],
 ])
 def test_neither_side_of_a_paraphrase_is_in_both_splits(pairs):
     """A text held out that was trained on, on the other side of a pair."""
@@ -596,10 +533,6 @@ def test_neither_side_of_a_paraphrase_is_in_both_splits(pairs):
     assert set(itertools.chain(*train)).isdisjoint(itertools.chain(*val))
     assert len(train) + len(val) + left_out['with a text that is held out'] == len(pairs)
     assert len(train) > 0.6 * len(pairs)
-
-
-# -----------------------------------------------------------------------------
-# The hub, by a stand-in
 
 
 @pytest.mark.parametrize('name, columns, words, meant', [
@@ -613,10 +546,12 @@ def test_neither_side_of_a_paraphrase_is_in_both_splits(pairs):
     ('lm1b', {'text': ["It 's here .", '', None, 'And ( " there " ) .'] * 9, 'id': [1] * 36},
      ['--val', .5], "It's here.<eos>And (\"there\").<eos>" * 9),
 ])
-def test_sets_of_the_hub(home, hub, capsys, name, columns, words, meant):
-    """Different questions learned as paraphrases; captions that are pairs; documents lost, doubled
-    or in another order."""
-    hub.update(columns)
+def test_sets_of_the_hub(home, monkeypatch, capsys, name, columns, words, meant):
+    """Different questions learned as paraphrases; captions that are pairs; documents lost."""
+    datasets = pytest.importorskip('datasets')
+    table = datasets.Dataset.from_dict(columns)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *words, **how: table)
+    monkeypatch.setattr(prepare_data.logging, 'disable', lambda: None)
 
     status, _, err = prepare(capsys, name, '--tokenizer', 'byte', '--length', 8, *words)
     assert status == 0, err
@@ -629,39 +564,18 @@ def test_sets_of_the_hub(home, hub, capsys, name, columns, words, meant):
         assert (meta['kind'], meta['pairs']) == ('rows', name == 'qqp')
 
 
-@pytest.mark.parametrize('error', [ConnectionError('no'), OSError(28, 'No space left')])
-def test_failures_of_the_hub_are_told_apart(home, hub, capsys, error):
-    """A full disk reported as a network that is down; a wait of half a minute without a word."""
-    hub['error'] = error
-
-    status, out, err = prepare(capsys, 'owt')
-
-    assert out.startswith('reading Skylion007/openwebtext, from the hub')
-    assert (status, err.count('\n')) == (2, 1)
-    assert f'({type(error).__name__}: {error})' in err
-
-
-# -----------------------------------------------------------------------------
-# Messages
-
-UTF16 = TEXT.encode('utf-16')
 # a file's name, what it holds, and what is said of `x --input FILE --tokenizer byte`
 BAD_FILES = [
     ('a.jsonl', b'{"text": null}', 'holds no text'),
     ('a.txt', b'short', 'too little text'),
     ('a.jsonl', '{"text":\n"caf\u00e9"}'.encode('cp1252'), 'line 2: not UTF-8; convert it'),
-    ('a.txt', TEXT.encode('utf-16-le'), 'line 1: has a NUL'),
     ('a.png', b'\x89PNG\r\n\x1a\n\0\0', 'line 1: has a NUL character, so it is not text'),
-    ('a.txt.zst', b'(\xb5/\xfd\x04\x00\xff', 'is compressed with zstd; unpack it'),
     ('a.docx', b'PK\3\4\x14\0\xff', 'is a zip; unpack it'),
-    ('a.txt.gz', gzip.compress(UTF16)[:40], 'not a whole compressed file'),
-    ('a.xz', lzma.compress(UTF16)[:40], 'not a whole compressed file'),
+    ('a.xz', lzma.compress(TEXT.encode())[:40], 'not a whole compressed file'),
     ('a.parquet', b'PAR1 no PAR1', 'damaged, or no parquet'),
     ('a.jsonl', b'{"text": "b"}\n{"text": "a\\ud83d"}', 'record 2: holds what is not text'),
-    ('a.jsonl', b'{"text": 0}', 'not text: 0'),
     ('a.jsonl', b'{"text": "a"}\n{"text": ', 'line 2: not JSON; give one record a line'),
     ('a.json', b'[' * 10 ** 5, 'line 1: not JSON'),
-    ('a.jsonl', b'5', 'record 1: not a record'),
     ('a.jsonl', b'{"txt": "a", "id": 1}', 'has the columns txt, id; needs text, or name one'),
     ('a.tsv', b'a\tb\nc\n', 'line 2: not a cell for each of the columns source, target'),
     ('a.csv', b'src,trg\na,b\nc,d,e\n', 'line 3: not a cell for each of the columns src, trg'),
@@ -669,25 +583,18 @@ BAD_FILES = [
 # a command, and what is said of it where good.txt holds TEXT
 BAD_WORDS = [
     ('nonsense', 'not one of stories'),
-    ('--tok byte', 'unrecognized arguments'),
     ('mine good.txt', 'each value goes after its option, as in --input FILE'),
     ('x --input -good.txt', 'a value that begins with "-" is written with "="'),
     ('../x --input good.txt', 'must be of letters'),
-    ('Cache --input good.txt', 'and not cache'),
-    ('x --input good.txt --tokenizer words', 'is not a whole number from 10 to 60,000'),
-    ('x --input good.txt --tokenizer stories', 'is not gpt2, byte, bpe:N, words:N or bert:'),
+    ('x --input good.txt --tokenizer stories', 'is not gpt2, byte, bpe:N, words:N'),
     ('x --input good.txt --tokenizer words:50', 'leaves out rows with other words'),
-    ('dates --tokenizer byte', 'a tokenizer of its own'),
-    ('stories --columns text', 'of your own --input'),
+    ('dates --tokenizer byte', 'takes neither --input nor --tokenizer'),
     ('x --input good.txt --columns text', 'is text, which has no columns'),
-    ('--input=-good.txt', 'python prepare_data.py mine --input ./-good.txt'),
     ('x --input *.txt', 'cannot be read (No such file'),
     ('x --input good.txt --data good.txt', 'good.txt/x/train.bin: cannot be written'),
-    ('x --input empty', 'holds no text'),
     ('x --input good.txt b.jsonl', 'mixes text and tables'),
     ('x --input b.jsonl c.jsonl', 'mixes pairs and texts'),
     ('x --input good.txt --length 60000', 'nothing; give more text, or a smaller --length'),
-    ('x --input good.txt --rows --length 4', 'left out: 60 too long\n'),
     ('x --input good.txt --rows --tokenizer words:10', '60 with unknown words or characters\n'),
     ('x --input twice.txt --rows', 'left out: 8 duplicate, 1 too long\n'),
 ]
@@ -695,7 +602,7 @@ BAD_WORDS = [
 
 @pytest.mark.parametrize('words, said, files', [
     *[(f'x --input {name} --tokenizer byte', said, {name: data}) for name, data, said in BAD_FILES],
-    *[(words, said, {'good.txt': TEXT, 'twice.txt': 'again\n' * 9, 'empty/.hidden': '',
+    *[(words, said, {'good.txt': TEXT, 'twice.txt': 'again\n' * 9,
                      'b.jsonl': '{"src": "a", "trg": "b"}', 'c.jsonl': '{"text": "a"}'})
       for words, said in BAD_WORDS],
 ])
@@ -713,30 +620,26 @@ def test_what_is_refused_is_one_line(home, capsys, words, said, files):
 
 def test_a_folder_that_may_not_be_read_is_named(home, monkeypatch, capsys):
     """A subfolder left out without a word."""
-    write_files(POEMS)
     scandir = os.scandir
 
     def forbid(path):
         if Path(path).name == 'more':
-            raise PermissionError(13, 'Permission denied', str(path))
+            raise PermissionError(13, 'Permission denied', path)
         return scandir(path)
 
+    write_files(POEMS)
     monkeypatch.setattr(os, 'scandir', forbid)
-
     assert 'more: cannot be read (Permission denied)' in prepare(capsys, 'x', '--input', 'p')[2]
 
 
-@pytest.mark.parametrize('kind, good, bad, said', [
-    (prepare_data.positive_int, '1 1000000000', '0 -3 1.5 nan inf 1000000001 x', 'a whole number'),
-    (prepare_data.fraction, '0 0.5 1', '-0.1 1.1 nan inf x', 'a number from 0 to 1'),
-    (prepare_data.nonnegative, '0 1e9 3e-4', '-1 nan inf 1e999', 'from 0 to 1,000,000,000'),
-])
-def test_numbers_of_options(kind, good, bad, said):
+@pytest.mark.parametrize('kind, good, bad', [
+    (prepare_data.positive_int, ['1', '1000000000'], ['0', '1.5', 'nan', 'inf', '1000000001', 'x']),
+    (prepare_data.fraction, ['0', '0.5', '1'], ['-0.1', '1.1', 'nan', 'inf', 'x'])])
+def test_numbers_of_options(kind, good, bad):
     """nan, infinity or a negative number taken for a setting; a range that is not said."""
-    for text in good.split():
-        assert kind(text) == float(text)
-    for text in bad.split():
-        with pytest.raises(prepare_data.argparse.ArgumentTypeError, match=said):
+    assert [kind(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(prepare_data.argparse.ArgumentTypeError, match='from [01] to 1'):
             kind(text)
 
 
@@ -745,15 +648,14 @@ def test_numbers_of_options(kind, good, bad, said):
     (np._core._exceptions._ArrayMemoryError((9,), np.dtype('u2')), 2, 'a smaller --batch'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, 'out of memory; '),
     (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate ...'), 2, 'out of memory; '),
-    (OSError(28, 'No space left on device'), 2, 'make room on the disk'),
+    (OSError(28, 'No space left\non device'), 2, 'make room on the disk'),
 ])
 def test_how_a_script_ends(monkeypatch, capsys, error, status, said):
     """A traceback of forty lines for who just wants to stop, or whose memory is full."""
-    monkeypatch.setattr(prepare_data, 'mute_stdout', lambda: None)
-
     def ends():
         raise error
 
+    monkeypatch.setattr(prepare_data, 'mute_stdout', lambda: None)
     with pytest.raises(SystemExit) as end:
         prepare_data.run_script(ends)
 
@@ -762,32 +664,16 @@ def test_how_a_script_ends(monkeypatch, capsys, error, status, said):
     assert said in err
 
 
-def test_a_message_is_one_line_and_a_command_has_no_backslash(monkeypatch, capsys):
-    """A name with a line end that makes two lines; quotes around out\\stories, for Windows."""
-    with pytest.raises(SystemExit):
-        prepare_data.fail('a\nb\r\nc')
-
-    assert capsys.readouterr().err.endswith(': a b c\n')
-    monkeypatch.setattr(os, 'sep', '\\')
-    assert prepare_data.as_command(['python', 'a.py', 'out\\b']) == 'python a.py out/b'
-
-
-# -----------------------------------------------------------------------------
-# Data folders
-
-
-def small_dataset(folder, seed=0, **how):
+def small_dataset(folder, **how):
     spec = prepare_data.make_tokenizer('byte', [])
-    ids = np.random.default_rng(seed).integers(97, 123, 64)
-    prepare_data.save_dataset(folder, ids, ids[:32], spec, kind='stream', pairs=False, length=8,
-                              source='test', **how)
+    ids = np.random.default_rng(0).integers(97, 123, 64)
+    prepare_data.save_dataset(folder, ids, ids[:32], spec, 'stream', False, 8, 'a test', **how)
 
 
 def test_damage_is_noticed(home):
-    """A bit that has flipped, or a file cut short, trained on in silence."""
+    """A flipped bit or a file cut short that is trained on, or not replaced by a whole one."""
     rng = random.Random(0)
     for i in range(30):
-        # what is damaged is prepared again without being asked
         small_dataset('x', overwrite=False)
         path = home / 'x' / ['meta.json', 'train.bin', 'val.bin'][i % 3]
         whole = path.read_bytes()
@@ -802,30 +688,24 @@ def test_damage_is_noticed(home):
 def test_why_a_data_folder_cannot_be_read(home, capsys):
     """One message for all causes, or advice that does not run."""
     Path('lm.txt').write_text('text')
-    for name in ('x', 'y', 'old'):
-        small_dataset(f'data/{name}')
-    Path('data/y/val.bin').unlink()
+    small_dataset('data/x')
+    small_dataset('data/old')
     meta = Path('data/old/meta.json')
     meta.write_text(meta.read_text().replace('"format": 1', '"format": 9'))
 
     for folder, said in [
-            ('d x/lm1b', "run: python prepare_data.py lm1b --data 'd x'"),
             ('-e/dates', 'run: python prepare_data.py dates --data ./-e'),
             ('data/mine', 'run: python prepare_data.py -h'),
             ('lm.txt', 'run: python prepare_data.py mine --input lm.txt'),
             ('../data/x', 'holds no prepared data, but data/x does; add --data data/x'),
-            ('data/y', 'of another version; prepare it again: python prepare_data.py -h'),
             ('data/old', 'of another version; prepare it again: python prepare_data.py -h')]:
         with pytest.raises(SystemExit):
             prepare_data.load_dataset(folder)
-        err = capsys.readouterr().err
-        assert (err.count('\n'), err.strip().endswith(said)) == (1, True), err
+        assert capsys.readouterr().err.endswith(f'{said}\n')
 
 
 def test_newest_is_what_was_prepared_last(home):
     """Training on what was prepared first, in silence."""
-    # a folder without meta.json is no data
-    Path('data/cache').mkdir(parents=True)
     for i, name in enumerate(['b', 'c', 'a', 'b']):
         small_dataset(Path('data') / name)
         os.utime(f'data/{name}/meta.json', (10 ** 9 + i, 10 ** 9 + i))
@@ -840,53 +720,44 @@ def test_other_data_are_replaced_only_if_asked(home, capsys):
     before = [path.read_bytes() for path in Path('data/x').iterdir()]
 
     assert prepare(capsys, *command)[0] == 0
-    status, _, err = prepare(capsys, *command, '--length', 16)
-    assert status == 2
+    err = prepare(capsys, *command, '--length', 16)[2]
     assert 'data/x exists: 1,557 tokens, stream of 32, from a.txt; add --overwrite' in err
     assert [path.read_bytes() for path in Path('data/x').iterdir()] == before
     assert prepare(capsys, *command, '--length', 16, '--overwrite')[0] == 0
     assert prepare_data.load_dataset('data/x')[0]['length'] == 16
 
 
-@pytest.mark.parametrize('number, said', [(28, 'make room'), (13, 'name another folder')])
-def test_a_full_disk_leaves_what_there_was(home, monkeypatch, capsys, number, said):
+def test_a_full_disk_leaves_what_there_was(home, monkeypatch, capsys):
     """Half a file under the name of a whole one."""
     prepare_data.write_whole('a.bin', b'old')
 
     def full(_):
-        raise OSError(number, 'No way')
+        raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(prepare_data.os, 'fsync', full)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit):
         prepare_data.write_whole('a.bin', b'new')
 
-    assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    assert 'a.bin: cannot be written: No space left on device; make' in capsys.readouterr().err
     assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [('a.bin', b'old')]
-
-
-# -----------------------------------------------------------------------------
-# Rows and their metrics
 
 
 def test_rows_are_split_where_they_end():
     """A source read as text, a text that goes on after its end, or rows that are shifted."""
     a, b, eos, pad, sep = 97, 98, 256, 257, 258
-    meta = {'special': {'<eos>': eos, '<pad>': pad, '<sep>': sep, '<bos>': 259},
+    meta = {'special': {'<eos>': eos, '<pad>': pad, '<sep>': sep, '<bos>': 259}, 'kind': 'rows',
             'tokenizer': prepare_data.make_tokenizer('byte', [])}
 
     rows = np.array([[a, b, eos, pad], [a, eos, b, eos], [a, pad, b, b], [a, b, a, b]])
-    assert prepare_data.split_rows(rows, {**meta, 'kind': 'rows', 'pairs': False}) == [
+    assert prepare_data.split_rows(rows, {**meta, 'pairs': False}) == [
         ([], [a, b]), ([], [a]), ([], [a]), ([], [a, b, a, b])]
     rows = np.array([[a, sep, pad, pad, b, eos], [a, a, sep, b, b, b],
                      [sep, pad, pad, pad, pad, eos]])
-    assert prepare_data.split_rows(rows, {**meta, 'kind': 'rows', 'pairs': True}) == [
+    assert prepare_data.split_rows(rows, {**meta, 'pairs': True}) == [
         ([a], [b]), ([a, a], [b, b, b]), ([], [])]
-    # what is left at the end fills no row
     rows = prepare_data.as_rows(np.array([a, eos, b, eos, a], dtype=np.uint16), 2)
     assert rows.dtype == np.int64
     stream = {**meta, 'kind': 'stream', 'pairs': False}
-    assert prepare_data.split_rows(rows, stream) == [([], [a, eos]), ([], [b, eos])]
     assert prepare_data.to_texts(rows, stream) == [('', 'a<eos>'), ('', 'b<eos>')]
 
 

@@ -1,7 +1,6 @@
 # make demo: text in one network call, from nothing, on a laptop
 # make test: the tests; make slow: those that take long; make lint: the linter
-# What the page reports, made anew: make stories, short, pydocs, dates,
-# dates-diffuseq, qqp, speed, weights
+# What the page reports, made anew: make stories, short, dates, dates-diffuseq, qqp, speed, weights
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -62,19 +61,6 @@ short-%: data/stories
 	$(PY) distill.py $B-$*/mdlm/teacher --iters 1000 --seed $*
 	$(PY) train_teacher.py --data data/stories --model ar --out $B-$*/ar/teacher --iters 500 \
 	  --seed $*
-
-# the docstrings of Python: real text, too rich for two million parameters; three trainings of each
-P = out/pydocs
-pydocs: pydocs-0 pydocs-1 pydocs-2
-	$(PY) bench.py quality $P-{seed}/teacher $P-{seed}/student $P-{seed}/mdlm \
-	  --nfe 1 2 4 8 32 --rows 300 --seeds 3 --out assets/pydocs.json --overwrite
-
-pydocs-%: data/pydocs
-	$(PY) train_teacher.py --data data/pydocs --out $P-$*/teacher --axis loss --channels 8 \
-	  --stagger 0 --batch 64 --iters 2600 --eval-every 650 --seed $*
-	$(PY) distill.py $P-$*/teacher --lessons 6000 --iters 900 --seed $*
-	$(PY) train_teacher.py --data data/pydocs --out $P-$*/mdlm --model mdlm --iters 2400 \
-	  --eval-every 600 --seed $*
 
 weights:
 	$(PY) sample.py out/stories/student --export assets/stories-student.pt --overwrite
@@ -154,4 +140,4 @@ gpu: .venv
 	  --out $(if $(TINY),out,assets)/gpu-quality.json --overwrite
 	$(PY) sample.py $G/student -n 8
 
-.PHONY: demo test slow lint stories short pydocs dates dates-diffuseq qqp speed weights gpu
+.PHONY: demo test slow lint stories short dates dates-diffuseq qqp speed weights gpu

@@ -2,21 +2,18 @@
 
     python prepare_data.py              # stories: small sums told in English, each one checkable
     python prepare_data.py dates        # pairs: an ISO date and one of its eight written forms
-    python prepare_data.py pydocs       # the prose inside your own Python; needs no network either
-    python prepare_data.py captions     # from the Hugging Face hub, as are the others; see -h
+    python prepare_data.py captions     # from the Hugging Face hub; -h lists the others
     python prepare_data.py mine --input a.txt b.txt.gz --tokenizer gpt2 --length 128
     python prepare_data.py names --input names.txt --rows
-    python prepare_data.py en-fr --input a.en a.fr --parallel
+    python prepare_data.py en-fr --input pairs.tsv      # made by: paste a.en a.fr > pairs.tsv
 
 The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the complete tokenizer and
-    kind: rows    of `length` ids: text <eos> <pad> ..., of pairs source <sep> <pad> ... text <eos>
-    kind: stream  documents one after the other, each ended by <eos>; any window of it is a row
+    kind: rows    of `length` ids: text <eos> <pad> ..., for pairs source <sep> <pad> ... text <eos>
+    kind: stream  documents one after another, each ended by <eos>; any window of it is a row
 """
 import argparse
-import ast
 import bz2
 import calendar
-import codecs
 import csv
 import datetime
 import errno
@@ -29,19 +26,17 @@ import logging
 import lzma
 import math
 import os
-import pydoc_data.topics
 import random
 import re
 import shlex
 import sys
-import sysconfig
 import tempfile
 import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -49,63 +44,59 @@ import regex        # comes with tiktoken; unlike re it knows Unicode's letters 
 
 SPECIAL = ['<eos>', '<pad>', '<sep>', '<bos>']      # ids V-4 ... V-1 of every tokenizer
 FORMAT = 1                                          # of data folders
-LONGEST_ROW = 65536                                 # tokens
 
 
 # -----------------------------------------------------------------------------
-# What every script needs: one-line errors, a command line, whole files
+# Shared by all scripts: one-line errors, a command line, whole files
+
+def tell(message):
+    """A line on stderr, where it does not mix with a script's output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def tell_name(message):
+    """A line on stderr after the script's name, like argparse's errors."""
+    tell(f'{Path(sys.argv[0]).name}: {message}')
 
 
 def fail(message):
-    """End with one line on stderr and exit status 2, argparse's own."""
-    line = ' '.join(str(message).splitlines())
-    # of the processes that torchrun starts the first one speaks for all
+    """End with one line on stderr and exit status 2, like argparse."""
+    # under torchrun the first process speaks for all
     if os.environ.get('RANK', '0') == '0':
-        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+        tell_name(' '.join(str(message).splitlines()))
     raise SystemExit(2)
 
 
 def run_script(main):
-    """Call a script's main(); what ends it from outside is one line at most, and no traceback."""
-    # a Windows console knows a few hundred characters and raises at any other
+    """Call a script's main(); an interruption or a lack of memory or disk is one line at most."""
+    # a Windows console raises at characters that it cannot show
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        say_stopped()
+        tell_name('stopped')
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # a reader that stops, such as `| head`, ends a script without a word, as it does cat
+        # like cat, a script ends silently when its reader does (`| head`)
         mute_stdout()
-        raise SystemExit(128 + 13) from None
+        raise SystemExit(141) from None
     except (MemoryError, RuntimeError, OSError) as error:
-        if out_of_memory(error):
-            fail('out of memory; give less text, write fewer rows, or train with a smaller --batch '
-                 'or more --micro-batches, the parts that a batch is computed in')
-        if getattr(error, 'errno', None) != errno.ENOSPC or error.filename:
-            raise
-        mute_stdout()
-        fail(f'stdout: {why_not(error)}')
-
-
-def out_of_memory(error):
-    """Whether Python, numpy or torch ran out of memory, on a CPU or a GPU."""
-    # torch is not imported here, and has a class of its own only for GPUs
-    if isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError':
-        return True
-    return "can't allocate memory" in str(error) or 'DefaultCPUAllocator' in str(error)
-
-
-def say_stopped():
-    print(f'{Path(sys.argv[0]).name}: stopped', file=sys.stderr)
+        # numpy, and torch on a GPU and on a CPU
+        if re.search('MemoryError|DefaultCPUAllocator', f'{type(error).__name__} {error}'):
+            fail('out of memory; give less text or fewer rows, or train with a smaller --batch or '
+                 'more --micro-batches')
+        if getattr(error, 'errno', None) == errno.ENOSPC:
+            mute_stdout()
+            fail(why_not(error))
+        raise
 
 
 def uncaught(kind, error, trace):
-    """What Python calls for an error that nobody caught: Ctrl-C while modules are being loaded."""
+    """Python's hook for uncaught errors: Ctrl-C while modules are being imported."""
     if issubclass(kind, KeyboardInterrupt):
-        say_stopped()
+        tell_name('stopped')
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -113,53 +104,60 @@ def uncaught(kind, error, trace):
 sys.excepthook = uncaught
 
 
-def as_command(words):
-    """Words as a command line. Windows takes / in a path, too, and no quotes as a \\ would need."""
-    return shlex.join(word.replace(os.sep, '/') for word in words)
-
-
-def as_word(path):
-    """A path as a word of a command: one that begins with "-" would be taken for an option."""
-    return f'./{path}' if str(path).startswith('-') else str(path)
-
-
 def mute_stdout():
-    """What is printed from here on goes nowhere, without an error, even when Python exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def tell(message):
-    """A line on stderr, where it does not mix with what a script writes."""
-    print(message, file=sys.stderr, flush=True)
+    """Discard what is printed from here on, without an error even when Python exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 def say(text):
-    """Print a line of a long run, which goes on if nobody reads it, or the disk is full."""
+    """Print a line of a long run, which goes on if nobody reads it or the disk is full."""
     try:
         print(text, flush=True)
     except OSError as error:
         mute_stdout()
         with suppress(OSError):
-            print(f'{Path(sys.argv[0]).name}: stdout: {error.strerror}; going on without it',
-                  file=sys.stderr)
+            tell_name(f'stdout: {error.strerror}; going on without it')
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and ends each option's help with its default."""
+def progress(what, items):
+    """Yield the items, and print a line every few seconds."""
+    start = time.time()
+    last = start
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        if now - last > 4:
+            last = now
+            left = (now - start) * (len(items) - n) / n
+            say(f'{what}: {n / len(items):.0%}, {left:.0f} s left')
 
-    def _get_help_string(self, action):
-        # 0 is a default worth showing, and equals False
-        if action.default is False or action.default in (None, '', argparse.SUPPRESS):
-            return action.help
-        return f'{action.help} [%(default)s]'
+
+def as_command(words):
+    """Words and paths as a command line."""
+    parts = []
+    for word in words:
+        # Windows takes / in a path too, which needs no quotes
+        part = str(word).replace(os.sep, '/')
+        # a path that begins with "-" would be taken for an option
+        if isinstance(word, Path) and part.startswith('-'):
+            part = f'./{part}'
+        parts.append(part)
+    return shlex.join(parts)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors; options cannot be abbreviated, `-h` shows the defaults."""
+    """argparse with one-line errors, defaults in the help, and no abbreviated options."""
 
     def __init__(self, **how):
-        # an abbreviation that works today may mean another option tomorrow
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **how)
+        # an abbreviation that works today may be ambiguous tomorrow
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **how)
+
+    def add_argument(self, *flags, **how):
+        if how.get('default') not in (None, '', argparse.SUPPRESS):
+            how['help'] += ' [%(default)s]'
+        return super().add_argument(*flags, **how)
 
     def error(self, message):
         if 'expected' in message and 'argument' in message:
@@ -187,37 +185,24 @@ def number(kind, low, high):
     return parse
 
 
-nonnegative_int = number(int, 0, 10 ** 9)
-positive_int = number(int, 1, 10 ** 9)
+nonnegative_int = number(int, 0, 1_000_000_000)
+positive_int = number(int, 1, 1_000_000_000)
 fraction = number(float, 0, 1)
-nonnegative = number(float, 0, 10 ** 9)
-
-
-def progress(what):
-    """A function to call with the fraction that is done; it prints a line every few seconds."""
-    start = time.time()
-    last = start
-
-    def tell(done):
-        nonlocal last
-        now = time.time()
-        if now - last > 4:
-            last = now
-            left = (now - start) * (1 - done) / done
-            say(f'{what}: {done:.0%}, {left:.0f} s left')
-
-    return tell
+nonnegative = number(float, 0, 1_000_000_000)
 
 
 def why_not(error):
-    """What an OSError on writing means, and what to do about it."""
-    # some have no text of their own
+    """Why an OSError kept a file from being written, and what to do about it."""
     reason = error.strerror or type(error).__name__
     if error.errno == errno.ENOSPC:
         return f'{reason}; make room on the disk'
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f'{reason}; name a folder that you may write to'
-    return f'{reason}; name another folder'
+    return f'{reason}; name another folder, one that you may write to'
+
+
+def need(package, what):
+    """Stop where an optional package is missing."""
+    if importlib.util.find_spec(package.replace('-', '_')) is None:
+        fail(f'{what} needs a package: pip install {package}')
 
 
 def check_output(flag, path, suffix, overwrite):
@@ -228,12 +213,6 @@ def check_output(flag, path, suffix, overwrite):
     if os.path.isdir(path):
         fail(f'{flag} {path}: is a folder; give the name of a file')
     check_replace(path, overwrite, 'nothing is replaced unasked')
-
-
-def need(package, what):
-    """Stop where an optional package is missing."""
-    if importlib.util.find_spec(package.replace('-', '_')) is None:
-        fail(f'{what} needs a package: pip install {package}')
 
 
 def check_replace(path, overwrite, what):
@@ -250,14 +229,13 @@ def write_whole(path, data):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
             file.write(data)
-            # on the disk before it gets its name, or a power cut would leave an empty file
+            # flushed before the rename, or a power cut could leave an empty file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         fail(f'{path}: cannot be written: {why_not(error)}')
     finally:
-        # after Ctrl-C, too
         if os.path.exists(temporary):
             temporary.unlink()
 
@@ -265,20 +243,24 @@ def write_whole(path, data):
 # -----------------------------------------------------------------------------
 # Tokenizers: a dict {name, pattern, tokens as latin-1 strings in rank order}
 
-# BPE merges within a word, a digit or a run of punctuation, each with at most one space before it.
-# Combining marks and joiners count as letters, or vowel signs would split the words of Hindi, Thai
-# or Arabic
+# BPE merges within a word, a digit or a run of punctuation, with at most one space before it; marks
+# and joiners count as letters, or vowel signs would split the words of Hindi, Thai or Arabic
 BPE_PIECES = (r' ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}|'
               r' ?[^\s\p{L}\p{M}\p{N}\u200c\u200d][^\s\p{L}\p{N}]*|\s+')
 LONGEST_PIECE = 64
-CHUNK = 1_000_000       # characters that are encoded at once
-# tokenizers of whole words have no bytes to fall back on
-DATE_PIECES = r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d'       # V is 48, L is 23
-STORY_PIECES = r' [A-Za-z]+|\.'                                         # V is 109, L is 21
-# a word, with the marks, apostrophes and hyphens inside it, or else a single character
-WORD_PIECES = (r" ?(?:[\p{L}\p{M}\p{N}\u200c\u200d]+(?:['\u2019\u2010-][\p{L}\p{M}\p{N}]+)*"
-               r"|[^ ])")
-WHOLE_WORDS = {'dates': DATE_PIECES, 'stories': STORY_PIECES, 'words': WORD_PIECES}
+BYTES = [chr(i) for i in range(256)]
+CHUNK = 1_000_000       # characters to encode at once
+# the pieces that tokenizers of whole words split a text into; any other piece is unknown
+WORDS = {
+    'stories': r' [A-Za-z]+|\.',                                            # V is 109, L is 21
+    'dates': r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d',          # V is 48, L is 23
+    # a word with the marks, apostrophes and hyphens inside it, or else a single character
+    'words': (r" ?(?:[\p{L}\p{M}\p{N}\u200c\u200d]+(?:['\u2019\u2010-][\p{L}\p{M}\p{N}]+)*"
+              r"|[^ ])"),
+    # pieces that may be several tokens each
+    'bert': r'[^\W_]+|[^\w\s]|_',
+}
+PIECES = {name: regex.compile(pattern + '|[^ ]') for name, pattern in WORDS.items()}
 
 
 def as_latin(token):
@@ -286,30 +268,19 @@ def as_latin(token):
     return token.encode().decode('latin-1')
 
 
-def count_pieces(texts):
-    """How often each piece of BPE_PIECES occurs; longer ones are cut at LONGEST_PIECE."""
-    tell = progress('counting words')
-    counts = Counter()
-    for chunk, _, done in chunks_of(texts):
-        counts.update(regex.findall(BPE_PIECES, chunk))
-        tell(done)
-    pieces = Counter()
-    for piece, n in counts.items():
-        # a line of ten million letters is no word: every merge would go through all of it
-        for start in range(0, len(piece), LONGEST_PIECE):
-            pieces[piece[start:start + LONGEST_PIECE]] += n
-    return pieces
-
-
 def train_bpe(texts, size):
-    """Byte-level BPE (arXiv:1508.07909): merge the most frequent pair of neighbors until there
-    are `size` tokens, or no pair is left. Returns a tokenizer dict."""
-    # the same pieces that tiktoken will merge within, or merges would be learned in vain
-    counts = count_pieces(texts)
+    """The tokens of byte-level BPE (arXiv:1508.07909), which merges the most frequent neighbors."""
+    pieces = Counter()
+    for chunk, _ in chunks_of(texts, 'counting words'):
+        # tiktoken merges within the same pieces, and nowhere else
+        pieces.update(regex.findall(BPE_PIECES, chunk))
+    counts = Counter()
+    for piece, n in pieces.items():
+        # a line of ten million letters is not a word: every merge would scan all of it
+        for start in range(0, len(piece), LONGEST_PIECE):
+            counts[piece[start:start + LONGEST_PIECE]] += n
     times = list(counts.values())
-    # fast in plain Python: a merge is one str.replace in each word that has the pair.
-    # a word is a string of symbols, each between two bars of its own; its bytes are the
-    # characters 0-255
+    # a word is a string of symbols, each between two bars, so that a merge is a single str.replace
     bar = '\u0100'
     words = [bar + (bar + bar).join(as_latin(word)) + bar for word in counts]
     pairs = Counter()               # pair of neighboring symbols -> how often it occurs
@@ -321,63 +292,54 @@ def train_bpe(texts, size):
             pairs[pair] += sign * times[i]
             where[pair].add(i)
 
-    # all words once; after that a merge touches only the words that it changes
     for i in range(len(words)):
         count_pairs(i, 1)
-    tokens = dict.fromkeys(map(chr, range(256)))        # a set that keeps its order
-    tell = progress('learning tokens')
-    while len(tokens) + len(SPECIAL) < size and pairs:
-        # ties go to the pair that was seen first
-        best = max(pairs, key=pairs.get)
-        # every word is one token already
-        if pairs[best] == 0:
-            break
-        # the bars tell |a|b| from a symbol that only ends in a, or begins with b
-        first, second = best
-        tokens[first + second] = None
-        apart = f'{bar}{first}{bar}{bar}{second}{bar}'
-        joined = f'{bar}{first}{second}{bar}'
-        for i in where.pop(best):
-            count_pairs(i, -1)
-            words[i] = words[i].replace(apart, joined)
-            count_pairs(i, 1)
-        del pairs[best]
-        tell((len(tokens) - 256) / (size - 256))
-    name = f'bpe:{len(tokens) + len(SPECIAL)}'
-    return {'name': name, 'pattern': BPE_PIECES, 'tokens': list(tokens)}
+    tokens = dict.fromkeys(BYTES)   # a set that keeps its order
+    for wanted in progress('learning tokens', range(257, size - len(SPECIAL) + 1)):
+        # different pairs may join to the same token
+        while len(tokens) < wanted and pairs:
+            best = max(pairs, key=pairs.get)
+            # every word is one token already
+            if pairs[best] == 0:
+                pairs.clear()
+                break
+            # the bars tell |a|b| from a symbol that only ends in a, or begins with b
+            first, second = best
+            tokens[first + second] = None
+            apart = f'{bar}{first}{bar}{bar}{second}{bar}'
+            joined = f'{bar}{first}{second}{bar}'
+            for i in where.pop(best):
+                count_pairs(i, -1)
+                words[i] = words[i].replace(apart, joined)
+                count_pairs(i, 1)
+            del pairs[best]
+    return list(tokens)
 
 
-def learn_words(how, texts):
-    """The tokenizer dict of dates, stories or words:N: all words and marks that occur, or the most
-    frequent ones, N with the special tokens."""
-    name, _, size = how.partition(':')
+def learn_words(name, texts, size):
+    """The pieces of WORDS[name] that occur in texts, or the `size` most frequent ones."""
     counts = Counter()
     for text in texts:
         counts.update(split_words(name, text))
-    wanted = int(size) - len(SPECIAL) if size else None
-    tokens = sorted(piece for piece, _ in counts.most_common(wanted))
-    if size:
-        how = f'words:{len(tokens) + len(SPECIAL)}'
-    return {'name': how, 'pattern': WHOLE_WORDS[name], 'tokens': [as_latin(t) for t in tokens]}
+    return sorted(piece for piece, _ in counts.most_common(size))
 
 
 def read_bert(path):
-    """BERT's vocabulary file, a word or '##piece' per line, as a tokenizer dict."""
-    words = read_bytes(Path(path)).decode('utf-8', 'replace').split()
-    if not 0 < len(words) < 2 ** 16 - len(SPECIAL):
-        fail(f'--tokenizer bert:{path}: {len(words)} words; there must be from 1 to 65531')
+    """(pattern, tokens) of BERT's vocabulary file, a word or '##piece' per line."""
     tokens = {}
-    for word in words:
-        # '##ing' goes on with a word, 'the' begins one, here as ' the'
+    for word in read_text(Path(path)).split():
+        # '##ing' continues a word, 'the' begins one, here as ' the'
         token = word[2:] if word.startswith('##') else ' ' + word
         tokens[token] = None
-    # a regular expression takes the first that fits: here the longest
-    pattern = '|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    return {'name': 'bert', 'pattern': pattern, 'tokens': [as_latin(token) for token in tokens]}
+    if not 0 < len(tokens) < 65532:
+        fail(f'--tokenizer bert:{path}: {len(tokens)} words; there must be from 1 to 65531')
+    # a regular expression takes the first alternative that fits: here the longest
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return '|'.join(map(re.escape, longest_first)), list(tokens)
 
 
 def read_gpt2():
-    """GPT-2's vocabulary, which tiktoken downloads once, as a tokenizer dict."""
+    """(pattern, tokens) of GPT-2, which tiktoken downloads once."""
     import tiktoken
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
@@ -385,35 +347,35 @@ def read_gpt2():
         fail(f'gpt2 cannot be fetched: there is no network, or it failed ({type(error).__name__}); '
              f'fill TIKTOKEN_CACHE_DIR, or use --tokenizer bpe:8192')
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
-    return {'name': 'gpt2', 'pattern': gpt2._pat_str, 'tokens': tokens}
+    return gpt2._pat_str, tokens
 
 
-def check_tokenizer(how):
-    """Stop at a --tokenizer that cannot be made, before any text is read."""
-    if not re.fullmatch('gpt2|byte|bert:.+|(bpe|words):[0-9]+', how):
-        fail(f'--tokenizer {how}: must be gpt2, byte, bpe:N, words:N or bert:vocab.txt')
-    name, _, rest = how.partition(':')
-    # a folder of BERT's weights has a vocab.txt
-    if name == 'bert' and not os.path.isfile(rest):
-        fail(f'--tokenizer {how}: there is no such file of BERT\'s vocabulary')
-    # bytes and special tokens are there anyway, and uint16 ends at 65535
-    low = {'bpe': 300, 'words': 10}.get(name)
-    if low and not low <= int(rest[:10]) <= 60000:
-        fail(f'--tokenizer {how}: N must be from {low} to 60000')
+def tokenizer_name(text):
+    """An argparse type: a tokenizer for any text."""
+    # ids are uint16, which ends at 65535
+    if not re.fullmatch('gpt2|byte|bert:.+|(bpe|words):[1-5]?[0-9]{2,4}', text):
+        raise argparse.ArgumentTypeError(
+            f'{text[:40]!r} is not gpt2, byte, bpe:N, words:N (N up to 59999) or bert:vocab.txt')
+    return text
 
 
 def make_tokenizer(how, texts):
     """The tokenizer dict for gpt2, byte, bpe:N, words:N, bert:FILE, dates or stories."""
-    if how == 'gpt2':
-        return read_gpt2()
-    if how == 'byte':
-        # the 256 bytes, and no merge
-        return {**train_bpe([], 0), 'name': 'byte'}
-    if how.startswith('bpe:'):
-        return train_bpe(texts, int(how[4:]))
-    if how.startswith('bert:'):
-        return read_bert(how[5:])
-    return learn_words(how, texts)
+    name, _, size = how.partition(':')
+    if name == 'gpt2':
+        pattern, tokens = read_gpt2()
+    elif name in ('byte', 'bpe'):
+        pattern = BPE_PIECES
+        tokens = train_bpe(texts, int(size)) if size else BYTES
+    elif name == 'bert':
+        pattern, words = read_bert(size)
+        tokens = list(map(as_latin, words))
+    else:
+        # N counts the special tokens; stories and dates keep all of their pieces
+        wanted = int(size) - len(SPECIAL) if size else None
+        pattern = WORDS[name]
+        tokens = list(map(as_latin, learn_words(name, texts, wanted)))
+    return {'name': how, 'pattern': pattern, 'tokens': tokens}
 
 
 def make_encoding(spec):
@@ -427,72 +389,56 @@ def make_encoding(spec):
 
 
 def split_words(name, text):
-    """The pieces of a text that a tokenizer of WHOLE_WORDS knows, or does not know; together they
-    are the text, but for runs of spaces."""
-    if name == 'dates':
-        return re.findall(DATE_PIECES + '|.', text, re.DOTALL)
-    pieces = regex.findall(WORD_PIECES, text)
+    """The pieces of a text, known or unknown, for a tokenizer of WORDS."""
+    if name == 'bert':
+        # lower case without accents, which NFD sets apart; each mark is a word, too
+        text = unicodedata.normalize('NFD', text.lower())
+        text = re.sub('[\u0300-\u036f]', '', text)
+        return [' ' + word for word in re.findall(WORDS[name], text)]
     # the first word is the same token as any other, which has a space before it
-    if pieces and pieces[0][0].isalnum():
-        pieces[0] = ' ' + pieces[0]
-    return pieces
+    if name != 'dates' and text[:1].isalnum():
+        text = ' ' + text
+    return PIECES[name].findall(text)
 
 
 def encode(encoding, text, unknown=None):
     """A text's token ids. What the tokenizer cannot write is an error that names it, unless it is
     to be counted in the Counter `unknown`."""
     name = encoding.name.partition(':')[0]
-    missing = Counter()
-    if name in WHOLE_WORDS:
-        ids = []
-        for piece in split_words(name, text):
-            try:
-                ids.append(encoding.encode_single_token(piece))
-            except KeyError:
-                missing[piece.strip() or piece] += 1
-    elif name == 'bert':
-        ids, missing = encode_bert(encoding, text)
-    else:
-        # of bytes any text can be made
+    if name not in WORDS:
+        # bytes can write any text
         return encoding.encode_ordinary(text)
-    if missing and unknown is None:
-        fail(f'{next(iter(missing))!r} is not in the vocabulary of {encoding.name}')
-    if missing:
-        unknown.update(missing)
+    ids = []
+    for piece in split_words(name, text):
+        try:
+            ids.append(encoding.encode_single_token(piece))
+            continue
+        except KeyError:
+            parts = encoding.encode_ordinary(piece) if name == 'bert' else []
+        # tiktoken silently drops what fits no token; a mark may be one without its space
+        if parts and encoding.decode(parts).strip() == piece.strip():
+            ids += parts
+        elif unknown is None:
+            fail(f'{piece.strip() or piece!r} is not in the vocabulary of {encoding.name}')
+        else:
+            unknown[piece] += 1
     return ids
 
 
-def encode_bert(encoding, text):
-    """(ids, Counter of the characters that are dropped) with BERT's vocabulary."""
-    # BERT knows lower case without accents, which NFD sets apart, and each mark as a word
-    plain = re.sub('[\u0300-\u036f]', '', unicodedata.normalize('NFD', text.lower()))
-    words = re.findall(r'[^\W_]+|[^\w\s]|_', plain)
-    spaced = ''.join(' ' + word for word in words)
-    ids = encoding.encode_ordinary(spaced)
-    # tiktoken drops in silence what fits no token
-    dropped = Counter(spaced) - Counter(encoding.decode(ids))
-    # a mark that begins no word of the vocabulary is written without its space
-    del dropped[' ']
-    return ids, dropped
-
-
 def decode(encoding, ids):
-    """The text of token ids, without the space that `encode` has put before the first word."""
+    """The text of token ids, without the space that `encode` put before the first word."""
     text = encoding.decode(ids)
-    if encoding.name.partition(':')[0] in ('bert', 'stories', 'words'):
+    if encoding.name.partition(':')[0] in ('stories', 'words', 'bert'):
         return text.removeprefix(' ')
     return text
 
 
 # -----------------------------------------------------------------------------
-# dates: pairs with an exact measure. Each source has eight right answers, so every sample can be
-# checked
+# dates: pairs with an exact metric, as each source has eight right answers
 # ours: in no paper; it exposes a model that writes only one of the forms, or mixes two
 
-
 def date_forms(iso):
-    """The eight written forms of an ISO date, '1987-03-23' -> ('March 23, 1987', ...); none of
-    any other text."""
+    """The eight written forms of an ISO date; none of any other text."""
     try:
         date = datetime.date.fromisoformat(iso)
     except ValueError:
@@ -502,8 +448,9 @@ def date_forms(iso):
     d = date.day
     month = calendar.month_name[m]
     short = calendar.month_abbr[m]
-    # 11th, 12th and 13th are the exceptions
-    ending = 'th' if 10 <= d <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th')
+    ending = {1: 'st', 2: 'nd', 3: 'rd'}.get(d % 10, 'th')
+    if d in (11, 12, 13):
+        ending = 'th'
     nth = f'{d}{ending}'
     forms = [f'{month} {d}, {y}', f'the {nth} of {month} {y}', f'{d} {short} {y}', f'{m}/{d}/{y}']
     forms += [f'{d}.{m}.{y}', f'{month} {nth}, {y}', f'{d}-{short}-{y}', f'{month} the {nth}, {y}']
@@ -514,29 +461,25 @@ def dates():
     """(source, target) pairs: each day of 1900-2099 in each of its eight forms."""
     pairs = []
     for n in range(73049):
-        day = str(datetime.date(1900, 1, 1) + datetime.timedelta(n))
-        for form in date_forms(day):
-            pairs.append((day, form))
+        day = datetime.date(1900, 1, 1) + datetime.timedelta(n)
+        for form in date_forms(str(day)):
+            pairs.append((str(day), form))
     return pairs
 
 
 # -----------------------------------------------------------------------------
-# stories: text with an exact measure. 7.9 million texts, each with a known probability
-#   Nora has four old books. She gives one to Ben. Now she has three books.
-#   Tom has three coins in the boat. He finds five more. Now he has eight coins.
-#   Sam and Ben have three cakes each. Together they have six cakes. Sam is happy.
-#   There are eight big books in the drawer. Paul takes seven for Anna. One book is left.
+# stories: text with exact metrics; 7.9 million texts, each with a known probability
 # ours: in no paper; the distribution of real text is unknown, so no metric can be exact there
 
-GIRLS = ['Anna', 'Clara', 'Emma', 'Julia', 'Lucy', 'Mary', 'Nora', 'Ruth']
-BOYS = ['Ben', 'Jack', 'Leo', 'Max', 'Paul', 'Peter', 'Sam', 'Tom']
-THINGS = {'apple': 'apples', 'ball': 'balls', 'berry': 'berries', 'book': 'books', 'box': 'boxes',
-          'cake': 'cakes', 'coin': 'coins', 'egg': 'eggs', 'key': 'keys', 'leaf': 'leaves',
-          'pear': 'pears', 'stone': 'stones'}
-QUALITIES = ['big', 'good', 'new', 'old', 'small']
-COLORS = ['black', 'blue', 'brown', 'green', 'red', 'white']
-NUMBERS = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten',
-           'eleven', 'twelve']      # zero is never written
+GIRLS = 'Anna Clara Emma Julia Lucy Mary Nora Ruth'.split()
+BOYS = 'Ben Jack Leo Max Paul Peter Sam Tom'.split()
+THINGS = dict(zip(
+    'apple ball berry book box cake coin egg key leaf pear stone'.split(),
+    'apples balls berries books boxes cakes coins eggs keys leaves pears stones'.split()))
+SINGULAR = {plural: thing for thing, plural in THINGS.items()}
+QUALITIES = 'big good new old small'.split()
+COLORS = 'black blue brown green red white'.split()
+NUMBERS = ['', *'one two three four five six seven eight nine ten eleven twelve'.split()]
 
 # the slots that are drawn uniformly
 CHOICES = {
@@ -544,7 +487,7 @@ CHOICES = {
     'thing': list(THINGS),
     'adjective': QUALITIES + COLORS,
     'quality': QUALITIES,
-    'place': ['bag', 'boat', 'drawer', 'garden', 'kitchen', 'shed'],
+    'place': 'bag boat drawer garden kitchen shed'.split(),
 }
 PLOTS = {
     'give': '{name} has {number} {adjective} {things}. {She} gives {change} to {other}. '
@@ -556,36 +499,18 @@ PLOTS = {
     'take': 'There {are} {number} {quality} {things} in the {place}. '
             '{name} takes {change} for {other}. {Result} {rest} {remain} left.',
 }
-
-
-def story_result(plot, number, change):
-    """How many things there are at the end of a story."""
-    # one finds more, or the other's are added; the other plots give away
-    if plot in ('find', 'share'):
-        return number + change
-    return number - change
-
-
-def story_changes(plot, number):
-    """The second numbers that may follow the first; all results are from one to twelve."""
-    if plot == 'find':
-        return list(range(1, 13 - number))
-    if plot == 'share':
-        # the other one has as many
-        return [number] if number <= 6 else []
-    return list(range(1, number))
-
-
-def number_distribution(plot):
-    """{(number, change): probability}: the first number is uniform, then the second is."""
-    # one thing cannot be given away such that some is left
-    first = [number for number in range(1, 13) if story_changes(plot, number)]
-    distribution = {}
-    for number in first:
-        changes = story_changes(plot, number)
-        for change in changes:
-            distribution[number, change] = 1 / len(first) / len(changes)
-    return distribution
+STORY_PATTERNS = {plot: re.sub('{(.+?)}', r'(?P<\1>[A-Za-z]+)', template.replace('.', r'\.'))
+                  for plot, template in PLOTS.items()}
+# for each plot {number: {change: result}}, all of them from one to twelve
+SUMS = {plot: {} for plot in PLOTS}
+for first, second in product(range(1, 13), repeat=2):
+    results = {'give': first - second, 'find': first + second, 'take': first - second}
+    # the other one has as many
+    if first == second:
+        results['share'] = first + second
+    for plot, result in results.items():
+        if 1 <= result <= 12:
+            SUMS[plot].setdefault(first, {})[second] = result
 
 
 def write_story(story):
@@ -598,144 +523,97 @@ def write_story(story):
     words['She'] = words['she'].title()
     words['Result'] = words['result'].title()
     thing = story['thing']
-    words['things'] = thing if story['number'] == 1 else THINGS[thing]
-    words['are'] = 'is' if story['number'] == 1 else 'are'
-    words['rest'] = thing if story['result'] == 1 else THINGS[thing]
-    words['remain'] = 'is' if story['result'] == 1 else 'are'
+    for slot, noun, verb in (('number', 'things', 'are'), ('result', 'rest', 'remain')):
+        one = story[slot] == 1
+        words[noun] = thing if one else THINGS[thing]
+        words[verb] = 'is' if one else 'are'
     return PLOTS[story['plot']].format(**words)
 
 
 def draw_story(rng):
-    """Sample one text, rng a random.Random: the four plots are equally likely, each slot of CHOICES
-    is uniform, two names differ, either may be happy, numbers follow `number_distribution`."""
+    """Sample one text, rng a random.Random. All that is drawn is drawn uniformly: the plot, its
+    first number, then the second, each slot of CHOICES, two different names, who is happy."""
     plot = rng.choice(list(PLOTS))
-    numbers = [number for number in range(1, 13) if story_changes(plot, number)]
-    number = rng.choice(numbers)
-    change = rng.choice(story_changes(plot, number))
-    # slots that the plot does not have are drawn in vain
+    number, results = rng.choice(list(SUMS[plot].items()))
+    change, result = rng.choice(list(results.items()))
+    # slots that the plot does not have are drawn and ignored
     story = {slot: rng.choice(choices) for slot, choices in CHOICES.items()}
-    name, other = rng.sample(CHOICES['name'], 2)
-    story.update(plot=plot, name=name, other=other, happy=rng.choice([name, other]))
-    story.update(number=number, change=change, result=story_result(plot, number, change))
+    story.update(plot=plot, number=number, change=change, result=result)
+    people = rng.sample(CHOICES['name'], 2)
+    story['name'], story['other'] = people
+    story['happy'] = rng.choice(people)
     return write_story(story)
-
-
-def story_reader(template):
-    """The regular expression that parses a plot; a slot matches only its own words."""
-    names, numbers = GIRLS + BOYS, NUMBERS[1:]
-    things = [*THINGS, *THINGS.values()]
-    words = {**CHOICES, 'other': names, 'happy': names, 'number': numbers, 'change': numbers,
-             'result': numbers, 'Result': [number.title() for number in numbers],
-             'things': things, 'rest': things, 'she': ['she', 'he'], 'She': ['She', 'He'],
-             'are': ['is', 'are'], 'remain': ['is', 'are']}
-    pattern = template.replace('.', r'\.')
-    for slot, choices in words.items():
-        pattern = pattern.replace(f'{{{slot}}}', f'(?P<{slot}>{"|".join(choices)})')
-    return re.compile(pattern)
-
-
-STORY_READERS = {plot: story_reader(template) for plot, template in PLOTS.items()}
-SINGULAR = {plural: thing for thing, plural in THINGS.items()}
 
 
 def read_story(text):
     """The slots of a well-formed story as a dict: plot, name, thing, number (the first), change,
     result, ..., and `right`: whether the sum is. None where words or their agreement are wrong."""
-    for plot, reader in STORY_READERS.items():
-        found = reader.fullmatch(text)
-        if found:
-            story = story_slots(plot, found.groupdict())
-            # written anew it is the same text, if pronoun, plurals and verbs agree
-            return story if story and write_story(story) == text else None
+    for plot, pattern in STORY_PATTERNS.items():
+        found = re.fullmatch(pattern, text)
+        if not found:
+            continue
+        story = {'plot': plot, **found.groupdict()}
+        story['thing'] = SINGULAR.get(story['things'], story['things'])
+        # in `share` the second number is not written; in `take` the result begins a sentence
+        story.setdefault('change', story['number'])
+        story.setdefault('result', story.get('Result', '').lower())
+        others = set(CHOICES['name']) - {story['name']}
+        allowed = {**CHOICES, 'other': others, 'happy': [story['name'], story.get('other')],
+                   'number': NUMBERS, 'change': NUMBERS, 'result': NUMBERS}
+        for slot, choices in allowed.items():
+            if slot in story and story[slot] not in choices:
+                return None
+        for slot in ('number', 'change', 'result'):
+            story[slot] = NUMBERS.index(story[slot])
+        results = SUMS[plot].get(story['number'], {})
+        story['right'] = results.get(story['change']) == story['result']
+        # if pronouns, plurals and verbs agree, writing the slots gives the same text
+        return story if write_story(story) == text else None
     return None
-
-
-def story_slots(plot, words):
-    """The slots that the words of a plot stand for, see read_story; None if a name is wrong."""
-    story = {'plot': plot, **words}
-    name = story['name']
-    # two different people, and one of them is happy
-    if story.get('other') == name:
-        return None
-    if story.get('happy', name) not in (name, story.get('other')):
-        return None
-    story['thing'] = SINGULAR.get(story['things'], story['things'])
-    # in `share` the other one has as many; in `take` the result begins a sentence
-    story.setdefault('change', story['number'])
-    story.setdefault('result', story.get('Result', '').lower())
-    for slot in ('number', 'change', 'result'):
-        story[slot] = NUMBERS.index(story[slot])
-    story['right'] = story['result'] == story_result(plot, story['number'], story['change'])
-    return story
 
 
 def story_ways(plot):
     """In how many ways a plot's slots other than its numbers can be filled."""
-    template = PLOTS[plot]
+    ways = {slot: len(words) for slot, words in CHOICES.items()}
+    ways.update(other=ways['name'] - 1, happy=2)
     # {things} is the slot `thing`
-    ways = math.prod(len(words) for slot, words in CHOICES.items() if '{' + slot in template)
-    if '{other}' in template:
-        ways *= len(CHOICES['name']) - 1
-    # either of the two may be happy
-    if '{happy}' in template:
-        ways *= 2
-    return ways
+    return math.prod(n for slot, n in ways.items() if '{' + slot in PLOTS[plot])
 
 
-def story_probability(text):
-    """The exact probability that `draw_story` writes this text; 0 where it is not right."""
-    story = read_story(text)
-    if story is None or not story['right']:
-        return 0.0
-    plot = story['plot']
-    numbers = number_distribution(plot)[story['number'], story['change']]
-    return numbers / len(PLOTS) / story_ways(plot)
+def story_probability(plot, number):
+    """The exact probability of each right text of this plot and first number."""
+    numbers = len(SUMS[plot])
+    changes = len(SUMS[plot][number])
+    return 1 / numbers / changes / len(PLOTS) / story_ways(plot)
 
 
 def expected_seen(n_train):
     """The fraction of samples that also occur among n_train independent ones: the sum over all
-    texts of p (1 - (1 - p)^n). Texts of one plot and the same numbers are equally likely."""
+    texts of p (1 - (1 - p)^n)."""
     seen = 0.0
-    for plot in PLOTS:
-        for p in number_distribution(plot).values():
-            # the probability of each of these texts
-            each = p / len(PLOTS) / story_ways(plot)
-            seen += p / len(PLOTS) * -math.expm1(n_train * math.log1p(-each))
+    for plot, sums in SUMS.items():
+        for number, results in sums.items():
+            p = story_probability(plot, number)
+            texts = len(results) * story_ways(plot)
+            seen += texts * p * -math.expm1(n_train * math.log1p(-p))
     return seen
 
 
-def story_distribution(slot):
-    """The exact joint distribution of plot and one slot: {(plot, value): probability}."""
-    distribution = defaultdict(float)
-    for plot in PLOTS:
-        if slot == 'number':
-            for (number, _), p in number_distribution(plot).items():
-                distribution[plot, number] += p / len(PLOTS)
-        else:
-            for value in CHOICES[slot]:
-                distribution[plot, value] += 1 / len(PLOTS) / len(CHOICES[slot])
-    return distribution
-
-
 def entropy(weights):
-    """Entropy in nats of counts or probabilities."""
-    total = sum(weights)
-    return sum(w / total * math.log(total / w) for w in weights if w > 0)
-
-
-def entropy_of(items):
-    """Entropy in nats of how often each item occurs."""
-    return entropy(Counter(items).values())
+    """Entropy in nats of a dict of counts or probabilities."""
+    total = sum(weights.values())
+    return sum(w / total * math.log(total / w) for w in weights.values() if w > 0)
 
 
 def jensen_shannon(p, q):
-    """Jensen-Shannon divergence in nats of two distributions, dicts of counts or probabilities."""
-    p_total = sum(p.values())
-    q_total = sum(q.values())
+    """Jensen-Shannon divergence in nats of two dicts of counts or probabilities."""
     # H((p + q) / 2) - (H(p) + H(q)) / 2
-    keys = {*p, *q}
-    middle = [p.get(k, 0) / p_total / 2 + q.get(k, 0) / q_total / 2 for k in keys]
-    return entropy(middle) - (entropy(p.values()) + entropy(q.values())) / 2
+    middle = Counter()
+    for weights in (p, q):
+        total = sum(weights.values())
+        for key, weight in weights.items():
+            middle[key] += weight / total / 2
+    return entropy(middle) - (entropy(p) + entropy(q)) / 2
 
 
 def story_metrics(texts):
@@ -746,26 +624,34 @@ def story_metrics(texts):
     parsed = [story for story in map(read_story, texts) if story]
     valid = [story for story in parsed if story['right']]
     n = max(1, len(texts))
-    metrics = {'well_formed': len(parsed) / n, 'valid': len(valid) / n, 'slot_entropy': 0.0,
-               'slot_divergence': math.log(2), 'unique': len(set(texts)) / n}
+    metrics = {
+        'well_formed': len(parsed) / n,
+        'valid': len(valid) / n,
+        'slot_entropy': 0.0,
+        'slot_divergence': math.log(2),
+        'unique': len(set(texts)) / n,
+    }
     # without any text: entropy 0, and the largest divergence there is
     if not valid:
         return metrics
-    # plots are equally likely
-    ratios = [entropy_of(story['plot'] for story in valid) / math.log(len(PLOTS))]
+    plots = [story['plot'] for story in valid]
+    ratios = [entropy(Counter(plots)) / math.log(len(PLOTS))]
+    divergence = {}
     for slot in ('name', 'thing', 'number'):
-        # of the slot alone, whatever the plot
-        marginal = defaultdict(float)
-        for (_, value), p in story_distribution(slot).items():
-            marginal[value] += p
-        ratios.append(entropy_of(story[slot] for story in valid) / entropy(marginal.values()))
+        # the exact distributions of the slot, and of plot and slot
+        true = Counter()
+        joint = {}
+        for plot in PLOTS:
+            values = SUMS[plot] if slot == 'number' else CHOICES[slot]
+            for value in values:
+                joint[plot, value] = 1 / len(PLOTS) / len(values)
+                true[value] += joint[plot, value]
+        found = [story[slot] for story in valid]
+        ratio = entropy(Counter(found)) / entropy(true)
+        ratios.append(ratio)
+        divergence[slot] = jensen_shannon(Counter(zip(plots, found)), joint)
     metrics['slot_entropy'] = sum(ratios) / len(ratios)
-    # at most 48 cells each, few enough for 500 samples
-    gaps = []
-    for slot in ('number', 'thing'):
-        found = Counter((story['plot'], story[slot]) for story in valid)
-        gaps.append(jensen_shannon(found, story_distribution(slot)))
-    metrics['slot_divergence'] = sum(gaps) / len(gaps)
+    metrics['slot_divergence'] = (divergence['number'] + divergence['thing']) / 2
     return metrics
 
 
@@ -776,343 +662,226 @@ def stories(n=150_000):
 
 
 # -----------------------------------------------------------------------------
-# pydocs: the prose in every Python
+# Data sets; what is not set here is chosen to suit the text
 
-
-def docstrings():
-    """Yield the docstrings of the standard library without its tests, then the help topics."""
-    library = Path(sysconfig.get_path('stdlib'))
-    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(library.rglob('*.py')):
-        if not skip.isdisjoint(path.relative_to(library).parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding='utf-8'))
-        except (SyntaxError, ValueError):
-            continue                # a few are templates or not UTF-8
-        for node in ast.walk(tree):
-            if isinstance(node, documented):
-                yield ast.get_docstring(node) or ''
-    for _, text in sorted(pydoc_data.topics.topics.items()):
-        yield text
-
-
-def is_prose(sentence):
-    """Whether it is a whole sentence in plain words: no doctest, table or signature."""
-    words = sentence.split()
-    if not 4 <= len(words) <= 60:
-        return False
-    if not sentence[0].isupper() or sentence[-1] not in '.!?':
-        return False
-    if not sentence.isascii() or '>>>' in sentence:
-        return False
-    # three of four words without digits, dots, underscores or brackets inside
-    plain = sum(word.strip('.,;:()"\'!?').isalpha() for word in words)
-    return plain >= 0.75 * len(words)
-
-
-def sentences(texts):
-    """Yield the sentences of texts that are prose, in order of appearance."""
-    for text in texts:
-        # a blank line ends a paragraph, and so does the next item of a list
-        for paragraph in re.split(r'\n\s*\n|\n(?=\s*[-*]\s)', text):
-            # marks of reStructuredText and of lists, then all white space
-            flat = ' '.join(re.sub(r'[*`]+|^\s*-\s+', '', paragraph).split())
-            # a sentence ends where a capital letter follows
-            for sentence in re.split(r'(?<=[.!?])\s+(?=[A-Z])', flat):
-                if is_prose(sentence):
-                    yield sentence
-
-
-# -----------------------------------------------------------------------------
-# Data sets that need no network, and those of the hub; what is not set is chosen to suit the text
-
-BUILT_IN = {
-    'stories': dict(tokenizer='stories', length=21),
-    'dates': dict(tokenizer='dates', length=23),
-    'pydocs': dict(tokenizer='bpe:2048', length=32),
-}
-PARQUET = 'refs/convert/parquet'    # a branch; `datasets` runs no scripts any more
-# the columns of texts or of pairs
-HUB_ROWS = {
-    'captions': dict(path='sentence-transformers/flickr30k-captions', config='pair',
-                     columns=['caption1', 'caption2'], tokenizer='words:2000'),
-    'snli': dict(path='stanfordnlp/snli', columns=['hypothesis'], tokenizer='words:2000'),
-    # asked on Quora
-    'qqp': dict(path='nyu-mll/glue', config='qqp', columns=['question1', 'question2'],
+PARQUET = 'refs/convert/parquet'    # a branch of the hub; `datasets` no longer runs scripts
+SETS = {
+    # these need no network
+    'stories': dict(source='draw_story of prepare_data.py', rows=True, tokenizer='stories',
+                    length=21),
+    'dates': dict(source='all days of 1900-2099', rows=True, tokenizer='dates', length=23),
+    # rows of these columns
+    'captions': dict(source='sentence-transformers/flickr30k-captions', config='pair', rows=True,
+                     columns=('caption1', 'caption2'), tokenizer='words:2000'),
+    'snli': dict(source='stanfordnlp/snli', rows=True, columns=('hypothesis',),
+                 tokenizer='words:2000'),
+    'qqp': dict(source='nyu-mll/glue', config='qqp', rows=True, columns=('question1', 'question2'),
                 tokenizer='bpe:2048', length=40),
 }
-# the column `text`; the last documents are the usual test set, and at most `test` are held out.
-# lm1b and owt have the lengths of FLM, which takes BERT's tokenizer for lm1b (--tokenizer
-# bert:vocab.txt); ours: the others, small enough for a laptop
-HUB_STREAMS = {
-    'shakespeare': dict(path='karpathy/tiny_shakespeare', revision=PARQUET, tokenizer='bpe:2048'),
-    'tinystories': dict(path='roneneldan/TinyStories', test=21_990,
-                        tokenizer='bpe:4096', length=128),
-    'text8': dict(path='afmck/text8', split='train+validation+test', test=1,
+SETS |= {
+    # documents of the column `text`; `val` is about the usual test set. lm1b and owt have FLM's
+    # lengths, but not its tokenizer for lm1b, bert:vocab.txt; ours: the others, for a laptop
+    'shakespeare': dict(source='karpathy/tiny_shakespeare', revision=PARQUET, tokenizer='bpe:2048'),
+    'tinystories': dict(source='roneneldan/TinyStories', val=0.01, tokenizer='bpe:4096',
+                        length=128),
+    'text8': dict(source='afmck/text8', split='train+validation+test', val=0.05,
                   tokenizer='byte', length=256),
-    'wikitext': dict(path='Salesforce/wikitext', config='wikitext-103-raw-v1',
-                     split='train+validation', test=3_760,
-                     tokenizer='gpt2', length=128),
-    'lm1b': dict(path='billion-word-benchmark/lm1b', revision=PARQUET, test=306_688,
+    'wikitext': dict(source='Salesforce/wikitext', config='wikitext-103-raw-v1',
+                     split='train+validation', val=0.002, tokenizer='gpt2', length=128),
+    'lm1b': dict(source='billion-word-benchmark/lm1b', revision=PARQUET, val=0.01,
                  tokenizer='gpt2', length=128),
-    'owt': dict(path='Skylion007/openwebtext', test=100_000,
-                tokenizer='gpt2', length=1024),
+    'owt': dict(source='Skylion007/openwebtext', val=0.01, tokenizer='gpt2', length=1024),
 }
-HUB = {**HUB_ROWS, **HUB_STREAMS}
-SETS = {**BUILT_IN, **HUB}
 
 
 def load_hub(name, cache, left_out):
-    """The texts or pairs of one of HUB, or a column of documents, which stays on the disk."""
-    hub = HUB[name]
-    try:
-        import datasets
-    except ImportError:
-        fail('this needs one more package; run: pip install datasets')
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f'{cache}: the cache cannot be written: {why_not(error)}')
-    say(f'reading {hub["path"]}, from the hub or from {cache} ...')
+    """The texts or pairs of a set of the hub, or a column of documents, which stays on the disk."""
+    need('datasets', name)
+    import datasets
+    hub = SETS[name]
+    say(f'reading {hub["source"]}, from the hub or from {cache} ...')
     logging.disable()               # the hub's client reports each of its retries
     try:
-        # all splits are put together: held out is the end
         table = datasets.load_dataset(
-            hub['path'], hub.get('config'), split=hub.get('split', 'all'),
+            hub['source'], hub.get('config'), split=hub.get('split', 'all'),
             revision=hub.get('revision'), cache_dir=str(cache))
     except Exception as error:      # the library and the hub's client raise dozens of kinds
-        # what went wrong below it says whether the disk was full
-        for cause in (error, error.__cause__, error.__context__):
-            if getattr(cause, 'errno', None) == errno.ENOSPC:
-                fail(f'{cache}: {why_not(cause)}')
-        fail(f'{hub["path"]} cannot be loaded from the hub ({type(error).__name__}); check the '
-             f'network, or give files of your own with --input')
+        fail(f'{hub["source"]} cannot be loaded from the hub ({type(error).__name__}: '
+             f'{str(error)[:200]}); check network and disk, or give files of your own with --input')
+    if 'columns' in hub:
+        items = read_records(hub['source'], table, [hub['columns']], left_out)
+        # two captions of an image are two texts
+        return list(chain.from_iterable(items)) if name == 'captions' else items
     if name == 'lm1b':
         # a small table is done before other processes have started
         many = os.cpu_count() if len(table) > 10_000 else None
         table = table.map(lambda row: {'text': detokenize(row['text'] or '')}, num_proc=many)
-    if name in HUB_STREAMS:
-        return table['text']
-    records = ((hub['path'], row) for row in table)
-    items = read_records(records, hub['columns'], left_out)
-    if name == 'captions':
-        # two captions of an image are two texts
-        items = list(chain.from_iterable(items))
-    return items
+    return table['text']
 
 
 def detokenize(text):
     """LM1B's words as running text: 'It \'s " $ 5 " ( not 6 ) .' -> It's "$5" (not 6)."""
-    # a clitic, then marks that follow a word, those that come before one, quotes, fractions
-    text = re.sub(r" '(?=\w)", "'", text)
-    text = re.sub(r' (?=[,.;:?!%)\]])', '', text)
-    text = re.sub(r'(?<=[(\[$£]) ', '', text)
+    # no space before a clitic or a mark that follows a word, nor after one that comes before a word
+    text = re.sub(r" (?='\w|[,.;:?!%)\]])|(?<=[(\[$£]) ", '', text)
     text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
-    return re.sub(r' / ', '/', text)
+    return text.replace(' / ', '/')
 
 
 # -----------------------------------------------------------------------------
 # Files: text by any name, .json, .jsonl, .csv, .tsv, .parquet, each plain or compressed. Not read
 # by `datasets`, which turns the text "1987-03-23" into a timestamp and "007" into a number
 
-COMPRESSED = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}
-# what a file is that begins with these bytes, whatever its name
-SIGNATURES = {b'\x1f\x8b': 'compressed with gzip; its name must end in .gz',
-              b'BZh': 'compressed with bzip2; its name must end in .bz2',
-              b'\xfd7zXZ': 'compressed with xz; its name must end in .xz',
-              b'(\xb5/\xfd': 'compressed with zstd; unpack it first',
-              b'PK\3\4': 'a zip; unpack it first, or save it as text',
+# files that begin with these bytes are decompressed, whatever their names
+COMPRESSED = {b'\x1f\x8b': gzip, b'BZh9': bz2, b'\xfd7zXZ': lzma}
+# and these are not text
+SIGNATURES = {b'(\xb5/\xfd': 'compressed with zstd; unpack it',
+              b'PK\3\4': 'a zip; unpack it, or save it as text',
               b'%PDF': 'a PDF; save it as text',
-              b'PAR1': 'parquet; its name must end in .parquet'}
+              b'PAR1': 'parquet; let its name end in .parquet'}
 # the columns that are read where --columns names none: source and target, or texts
-COLUMNS = [('src', 'trg'), ('src', 'tgt'), ('source', 'target'), ('question1', 'question2'),
-           ('prompt', 'completion'), ('prompt', 'response'), ('query', 'response'),
-           ('question', 'answer'), ('text',)]
-
-
-def suffix_of(path):
-    """The extension of a file's name in small letters, that before .gz and its like."""
-    if path.suffix.lower() in COMPRESSED:
-        path = path.with_suffix('')
-    return path.suffix.lower()
+COLUMNS = [names.split() for names in (
+    'src trg', 'src tgt', 'source target', 'question1 question2', 'prompt completion',
+    'prompt response', 'query response', 'question answer', 'text')]
 
 
 def list_files(names):
-    """The files that an option names, all of one kind, each once; a folder stands for all files in
-    it that are not hidden."""
+    """The files of --input, each once; a folder stands for the files in it that are not hidden."""
     def stop(error):
-        fail(f'--input {error.filename}: cannot be read ({error.strerror})')
+        fail(f'{error.filename}: cannot be read ({error.strerror})')
 
     files = []
     for name in names:
-        if not os.path.exists(name):
-            fail(f'--input {name}: there is no such file')
         if not os.path.isdir(name):
             files.append(Path(name))
             continue
         found = []
         for place, folders, inside in os.walk(name, onerror=stop):
-            # hidden are .git, for example, and .DS_Store
             folders[:] = [folder for folder in folders if not folder.startswith('.')]
             found += [Path(place, file) for file in inside if not file.startswith('.')]
-        if not found:
-            fail(f'--input {name}: a folder without files')
         files += sorted(found)
-    # a folder and a file in it may both be named
-    files = list({path.resolve(): path for path in files}.values())
-    # a README among records would be read as text
-    readers = {READERS.get(suffix_of(path)): path for path in files}
-    if len(readers) > 1:
-        fail(f'--input: mixes {" and ".join(map(str, readers.values()))}; give files of one kind')
-    return files
+    return list(dict.fromkeys(files))
+
+
+def suffix_of(path):
+    """The extension of a file's name in lower case, that before .gz and the like."""
+    name = re.sub(r'\.(gz|bz2|xz)$', '', path.name.lower())
+    return Path(name).suffix
 
 
 def read_bytes(path):
-    """The bytes of a file, decompressed if its name says so."""
+    """The bytes of a file, decompressed if they are compressed."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        fail(f'{path}: cannot be read ({error.strerror})')
-    # names decide, not contents: a text may begin with the same two bytes
-    suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
+        for start, module in COMPRESSED.items():
+            if data.startswith(start):
+                data = module.decompress(data)
         return data
-    try:
-        return COMPRESSED[suffix].decompress(data)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
-        fail(f'{path}: not a whole {suffix} file; fetch or make it anew')
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, 'strerror', None) or 'not a whole compressed file'
+        fail(f'{path}: cannot be read ({reason})')
 
 
 def read_text(path):
     """A file's text, without a byte-order mark, all line ends as \\n."""
     data = read_bytes(path)
     # Windows marks UTF-16, and may mark UTF-8
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    utf16 = data.startswith((b'\xff\xfe', b'\xfe\xff'))
     try:
-        text = data.decode('utf-16' if marked else 'utf-8-sig')
-        at = text.find('\0')
-        before = text[:at]
+        text = data.decode('utf-16' if utf16 else 'utf-8-sig')
+        if '\0' not in text:
+            return text.replace('\r\n', '\n').replace('\r', '\n')
+        before = data[:data.index(0)]
     except UnicodeDecodeError as error:
-        at = error.start
-        before = error.object[:at].decode('latin-1')
-    if at < 0:
-        return text.replace('\r\n', '\n').replace('\r', '\n')
+        before = error.object[:error.start]
     for start, what in SIGNATURES.items():
         if data.startswith(start):
             fail(f'{path}: is {what}')
     problem = 'not UTF-8; convert it, with iconv for example'
     if b'\0' in data:
         problem = 'has a NUL character, so it is not text in UTF-8'
-    line = before.count('\n') + 1
+    line = before.count(b'\n') + 1
     fail(f'{path}, line {line}: {problem}')
 
 
-def lines_of(text):
-    """The lines of a text; the end of the last one begins no other."""
-    return text.removesuffix('\n').split('\n')
-
-
-def read_json(path, wanted):
-    """Yield (where it is, record) of JSON Lines, or of one array."""
-    text = read_text(path)
-    # an array is read at once, as if it were one line
-    parts = [text] if text.lstrip().startswith('[') else lines_of(text)
-    for n, part in enumerate(parts, 1):
-        if not part.strip():
-            continue
-        try:
-            value = json.loads(part)
-        except (ValueError, RecursionError) as error:
-            line = n + getattr(error, 'lineno', 1) - 1
-            fail(f'{path}, line {line}: not JSON; give one record a line, or an array of them')
-        for record in value if isinstance(value, list) else [value]:
-            # a bare text is a record, too
-            if isinstance(record, str):
-                record = {'text': record}
-            if not isinstance(record, dict):
-                fail(f'{path}, line {n}: not a record, such as {{"text": "..."}}')
-            yield f'{path}, line {n}', record
-
-
-def read_table(path, wanted):
-    """Yield (where it is, record) of a .csv or .tsv. The first line names the columns; a .tsv of
-    pairs may do without."""
-    text = read_text(path)
-    tabs = suffix_of(path) == '.tsv'
-    # where the comma is a decimal point, cells are separated by semicolons
-    delimiter = '\t' if tabs else max(',;', key=text.partition('\n')[0].count)
-    # spreadsheets quote whole cells; any other quote in a .tsv is a character of the text
-    marked = [cell for cell in re.split('[\t\n]', text) if '"' in cell]
-    whole = all(re.fullmatch('"([^"]|"")*"', cell) for cell in marked)
-    quoting = csv.QUOTE_NONE if tabs and not whole else csv.QUOTE_MINIMAL
-    csv.field_size_limit(10 ** 9)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting)
-    names = next(reader, [])
-    rows = reader
-    named = wanted or any(set(columns) <= set(names) for columns in COLUMNS)
-    if tabs and len(names) == 2 and not named:
-        rows = chain([names], reader)
-        names = ['source', 'target']
-    for cells in rows:
-        where = f'{path}, line {reader.line_num}'
-        # a blank line is counted as empty
-        cells = cells or [''] * len(names)
-        if len(cells) != len(names):
-            fail(f'{where}: columns: {len(cells)}, but there are {len(names)}')
-        yield where, dict(zip(names, cells))
-
-
-def read_parquet(path, wanted):
-    """Yield (where it is, record of the needed columns) for each row."""
-    data = read_bytes(path)
+def read_json(path, known):
+    """The records of JSON Lines, or of one array."""
+    text = read_text(path).strip()
+    # lines are joined to an array, in which the position of an error has its line
+    if not text.startswith('['):
+        text = '[' + re.sub(r'\n\s*', ',\n', text) + ']'
     try:
-        from pyarrow import ArrowException, parquet
-        file = parquet.ParquetFile(io.BytesIO(data))
-        names = file.schema_arrow.names
-        # other columns are not even read, whatever they hold
-        needed = {*pick_columns(names, wanted, path), 'label', 'is_duplicate'}
-        records = file.read(columns=[name for name in names if name in needed]).to_pylist()
-    except ImportError:
-        fail('this needs one more package; run: pip install datasets')
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, 'lineno', 1)
+        fail(f'{path}, line {line}: not JSON; give one record a line, or an array of them')
+
+
+def read_table(path, known):
+    """The records of a .csv or .tsv; without names of columns a .tsv holds sources and targets."""
+    text = read_text(path)
+    first = text.partition('\n')[0]
+    # where the comma is a decimal point, cells are separated by semicolons
+    delimiter = '\t' if suffix_of(path) == '.tsv' else max(',;', key=first.count)
+    # spreadsheets quote whole cells; any other quote in a .tsv is a character of the text
+    quoted = [cell for cell in re.split('[\t\n]', text) if '"' in cell]
+    whole = all(re.fullmatch('"([^"]|"")*"', cell) for cell in quoted)
+    quoting = csv.QUOTE_MINIMAL if whole or delimiter != '\t' else csv.QUOTE_NONE
+    names = None
+    cells = first.replace('"', '').split('\t')
+    if delimiter == '\t' and len(cells) == 2 and not find_columns(cells, known):
+        names = ['source', 'target']
+    csv.field_size_limit(10 ** 9)
+    reader = csv.DictReader(io.StringIO(text), names, delimiter=delimiter, quoting=quoting)
+    records = []
+    for record in reader:
+        # DictReader puts cells that are too many under None, and None for those that are missing
+        if None in record or None in record.values():
+            names = ', '.join(reader.fieldnames)
+            fail(f'{path}, line {reader.line_num}: not a cell for each of the columns {names}')
+        records.append(record)
+    return records
+
+
+def read_parquet(path, known):
+    """The records of a .parquet."""
+    need('pyarrow', path)
+    from pyarrow import ArrowException, parquet
+    try:
+        return parquet.read_table(io.BytesIO(read_bytes(path))).to_pylist()
     except (ArrowException, OSError):
         fail(f'{path}: damaged, or no parquet; fetch or make it anew')
-    for n, record in enumerate(records, 1):
-        yield f'{path}, row {n}', record
 
 
 READERS = {'.jsonl': read_json, '.ndjson': read_json, '.json': read_json, '.csv': read_table,
            '.tsv': read_table, '.parquet': read_parquet}
 
 
-def pick_columns(found, wanted, where):
-    """The columns to read of those found, one of texts or two of pairs."""
-    for columns in [wanted] if wanted else COLUMNS:
-        if set(columns) <= set(found):
-            return columns
-    names = ', '.join(map(str, found)) or 'none'
-    fail(f'{where}: has the columns {names}; needs {" and ".join(wanted or ["text"])}, or name one '
-         f'or two with --columns')
+def find_columns(names, known):
+    """The first of the known columns, one of texts or two of pairs, that are all among names."""
+    return next((columns for columns in known if set(columns) <= set(names)), None)
 
 
-def read_records(records, wanted, left_out):
-    """The texts, or the pairs of texts, of (where it is, dict)."""
+def read_records(source, records, known, left_out):
+    """The texts, or the pairs of texts, in the records of a file or a table."""
     items = []
     columns = None
-    for where, record in records:
+    for n, record in enumerate(records, 1):
+        where = f'{source}, record {n}'
+        if not isinstance(record, dict):
+            fail(f'{where}: not a record, such as {{"text": "..."}}')
         # the first record decides
-        columns = columns or pick_columns(record, wanted, where)
-        texts = []
-        for column in columns:
-            text = record.get(column)
-            # null is an empty text
-            if text is None:
-                text = ''
+        columns = columns or find_columns(record, known)
+        if not columns:
+            found = ', '.join(map(str, record))
+            wanted = ' and '.join(known[-1])
+            fail(f'{where}: has the columns {found}; needs {wanted}, or name one or two with '
+                 f'--columns')
+        # null is an empty text
+        texts = ['' if record.get(column) is None else record[column] for column in columns]
+        for text in texts:
             # JSON can write "\\u0000", and half of an emoji, "\\ud83d"
             if not isinstance(text, str) or re.search('[\0\ud800-\udfff]', text):
-                fail(f'{where}: {column} is not text: {text!r:.60}')
-            texts.append(text)
+                fail(f'{where}: holds what is not text: {text!r:.60}')
         # of Quora's pairs only those labeled as asking the same
         label = record.get('label', record.get('is_duplicate', 1))
         if columns[0] == 'question1' and str(label) not in ('1', 'True'):
@@ -1122,85 +891,73 @@ def read_records(records, wanted, left_out):
     return items
 
 
-def wants_rows(args):
-    """Whether a text is a row of its own, and not a part of a stream."""
-    return args.rows or args.name in BUILT_IN or args.name in HUB_ROWS
-
-
-def read_files(names, args, left_out):
-    """The documents, texts or pairs of the files that an option names."""
-    files = list_files(names)
-    if args.parallel:
-        if len(files) != 2:
-            fail(f'--parallel: takes two files, sources and targets, not {len(files)}')
-        sources, targets = [lines_of(read_text(path)) for path in files]
-        if len(sources) != len(targets):
-            fail(f'--parallel: {files[0]} has {len(sources):,} lines, {files[1]} {len(targets):,}')
-        return list(zip(sources, targets))
+def read_files(args, left_out):
+    """The documents, texts or pairs of --input."""
+    files = list_files(args.input)
+    # a README among records would be read as text
+    kinds = {READERS.get(suffix_of(path)) for path in files}
+    if len(kinds) > 1:
+        fail('--input: mixes text and tables, or tables of two kinds; give files of one kind')
+    reader = next(iter(kinds), None)
+    known = [args.columns] if args.columns else COLUMNS
     # with --rows a text is a line of a file, or a whole file of a folder
-    folders = any(map(os.path.isdir, names))
-    by_line = args.name == 'lm1b' or wants_rows(args) and not folders
+    by_line = args.rows and not any(map(os.path.isdir, args.input))
     items = []
     for path in files:
-        reader = READERS.get(suffix_of(path))
-        # a .tsv without tabs is prose
-        if reader and not (suffix_of(path) == '.tsv' and '\t' not in read_text(path)):
-            items += read_records(reader(path, args.columns), args.columns, left_out)
+        if reader:
+            items += read_records(path, reader(path, known), known, left_out)
             continue
         if args.columns:
-            fail(f'{path}: is text, which has no columns; leave out --columns')
+            fail(f'--columns: {path} is text, which has no columns')
         text = read_text(path)
-        for part in lines_of(text) if by_line else [text]:
-            # one that is blank is counted, see left_out
+        for part in text.removesuffix('\n').split('\n') if by_line else [text]:
+            # blank ones are counted
             items += split_documents(part) or ['']
     if len({type(item) for item in items}) > 1:
         fail('--input: mixes pairs and texts; give files of one kind')
-    if args.name == 'lm1b':
-        items = list(map(detokenize, items))
-    if not ''.join(map(''.join, items)).strip():
-        fail(f'{" ".join(map(str, names))}: holds no text')
     return items
 
 
 # -----------------------------------------------------------------------------
-# Rows: one text or pair each, padded. Layouts: see the top of this file
-
+# Rows, one text or pair each, and streams, documents one after another
 
 def as_texts(item):
-    """The texts of an item: of a pair both."""
-    return item if isinstance(item, tuple) else (item,)
+    """The texts of an item: of a pair both; the hub's null is an empty text."""
+    return item if isinstance(item, tuple) else (item or '',)
+
+
+def all_texts(items):
+    """Yield the texts of all items."""
+    return chain.from_iterable(map(as_texts, items))
 
 
 def clean_items(items, keep_duplicates, left_out):
     """The items without empty ones and, unless they are wanted, duplicates, which are counted."""
     full = [item for item in items if all(map(str.strip, as_texts(item)))]
-    left_out['empty'] += len(items) - len(full)
+    left_out['empty'] = len(items) - len(full)
     if keep_duplicates:
         return full
     unique = list(dict.fromkeys(full))
-    left_out['duplicate'] += len(full) - len(unique)
+    left_out['duplicate'] = len(full) - len(unique)
     return unique
 
 
 def choose_tokenizer(items, kind):
-    """(a tokenizer that suits the text, why) for those who name none."""
-    texts = list(chain.from_iterable(map(as_texts, items)))
+    """The --tokenizer that suits the text, for those who name none."""
+    texts = list(all_texts(items))
     if kind == 'rows' and len(texts) == len(items):
-        words = set(learn_words('words:2000', texts)['tokens'])
-        kept = 0
-        for text in texts:
-            kept += words.issuperset(map(as_latin, split_words('words', text)))
+        words = set(learn_words('words', texts, 2000 - len(SPECIAL)))
+        kept = sum(words.issuperset(split_words('words', text)) for text in texts)
         # ours: a small network learns whole words better than parts of words, if enough is left: a
         # third of the texts, and ten for each word, so that it occurs in several contexts
-        if kept >= len(texts) / 3 and kept >= 10 * len(words):
-            return 'words:2000', (f'{kept / len(texts):.0%} of the texts have no other words; '
-                                  f'bpe:2048 would keep all of them')
+        if kept >= max(len(texts) / 3, 10 * len(words)):
+            return 'words:2000'
     # ours: a vocabulary so small that even its rarest tokens occur a few dozen times
     characters = sum(map(len, texts))
     for size in (2048, 1024, 512):
         if characters >= 400 * size:
-            return f'bpe:{size}', f'{characters:,} characters; a large network may take gpt2'
-    return 'byte', f'{characters:,} characters; bpe:512 would learn parts of words from them'
+            return f'bpe:{size}'
+    return 'byte'
 
 
 def choose_length(sizes):
@@ -1212,25 +969,6 @@ def choose_length(sizes):
     return max(4, longest)
 
 
-def measure(items, encoding, left_out):
-    """(the items that the tokenizer can write, how many tokens each of their rows needs)."""
-    writable = []
-    sizes = []
-    tell = progress('measuring')
-    for n, item in enumerate(items, 1):
-        tell(n / len(items))
-        unknown = Counter()
-        size = 0
-        for text in as_texts(item):
-            # and the <sep> or <eos> after it
-            size += len(encode(encoding, text, unknown)) + 1
-        if not unknown:
-            writable.append(item)
-            sizes.append(size)
-    left_out['with unknown words or characters'] += len(items) - len(writable)
-    return writable, sizes
-
-
 def of_one_kind(items):
     """Whether both sides of pairs are of one kind, as in paraphrases: some texts are on both."""
     pairs = [item for item in items if isinstance(item, tuple) and item[0] != item[1]]
@@ -1240,130 +978,109 @@ def of_one_kind(items):
     return len(sources & targets) > 0.01 * max(len(sources), len(targets))
 
 
-def split_items(items, held_out, val_items, left_out):
-    """(train, val) of texts or pairs: val_items, or else a random fraction of the different ones.
-    No text or source is in both, and of paraphrases no target either."""
+def split_items(items, held_out, left_out):
+    """(train, val) of texts or pairs: held out is a random fraction of the different ones. No text
+    or source is in both, and of paraphrases no target either."""
     # all targets of a source stay together, so that targets are distributed alike in both
-    sources = [as_texts(item)[0] for item in items]
-    held = {as_texts(item)[0] for item in val_items}
-    if not val_items:
-        unique = list(dict.fromkeys(sources))
-        random.Random(0).shuffle(unique)
-        held = set(unique[:max(1, int(held_out * len(unique)))])
-    own = [item for item, source in zip(items, sources) if source in held]
-    train = [item for item, source in zip(items, sources) if source not in held]
-    val = val_items or own
-    seen = set(chain.from_iterable(map(as_texts, val)))
+    sources = list(dict.fromkeys(as_texts(item)[0] for item in items))
+    random.Random(0).shuffle(sources)
+    n_held = max(1, int(held_out * len(sources)))
+    held = set(sources[:n_held])
+    val = [item for item in items if as_texts(item)[0] in held]
+    train = [item for item in items if as_texts(item)[0] not in held]
+    seen = set(all_texts(val))
     apart = [item for item in train if seen.isdisjoint(as_texts(item))]
     # in chats an "ok" links nearly all pairs, and too few would be left
     if of_one_kind(items) and len(apart) > 0.7 * len(train):
         train = apart
-    in_both = len(items) - len(train) - (0 if val_items else len(own))
-    left_out['with a text that is held out'] += in_both
+    left_out['with a text that is held out'] = len(items) - len(train) - len(val)
     return train, val
 
 
-def pack_rows(encoding, items, length):
-    """Documents or pairs -> (flat ids of whole rows of `length`, how many tokens each item has).
-    Those that are longer get no row."""
+def pack_rows(encoding, items, length=0):
+    """Texts or pairs -> (flat ids of whole rows, how many tokens each item needs), without those
+    that are longer or that the tokenizer cannot write; length 0: what suits."""
     eos, pad, sep = (encoding.encode_single_token(name) for name in SPECIAL[:3])
-    rows = []
-    sizes = []
-    tell = progress('encoding')
-    for n, item in enumerate(items, 1):
-        tell(n / len(items))
-        text = encode(encoding, as_texts(item)[-1]) + [eos]
-        if isinstance(item, tuple):
-            given = encode(encoding, item[0]) + [sep]
-            # the texts of pairs end alike, whatever the length of their source
-            row = given + [pad] * (length - len(given) - len(text)) + text
-        else:
-            row = text + [pad] * (length - len(text))
-        # [pad] times a negative number is empty: such a row is too long
-        if len(row) == length:
-            rows.append(row)
-        sizes.append(len(row) - row.count(pad))
-    ids = np.array(rows, dtype='<u2').reshape(-1)
-    return ids, sizes
+    parts = []
+    for item in progress('encoding', items):
+        unknown = Counter()
+        ids = [encode(encoding, text, unknown) for text in as_texts(item)]
+        given = ids[0] + [sep] if len(ids) == 2 else []
+        if not unknown:
+            parts.append((given, ids[-1] + [eos]))
+    sizes = [len(given) + len(text) for given, text in parts]
+    length = length or choose_length(sizes)
+    parts = [part for part, size in zip(parts, sizes) if size <= length]
+    rows = np.full((len(parts), length), pad, '<u2')
+    for row, (given, text) in zip(rows, parts):
+        row[:len(given)] = given
+        # the texts of pairs end alike, whatever the length of their source
+        end = length if given else len(text)
+        row[end - len(text):end] = text
+    return rows.reshape(-1), sizes
 
 
-# -----------------------------------------------------------------------------
-# Streams: documents one after the other
+def prepare_rows(args, items, encoding, left_out):
+    """Texts or pairs, each in a row -> (train ids, val ids, length)."""
+    train_items, val_items = split_items(items, args.val, left_out)
+    train, sizes = pack_rows(encoding, train_items, args.length)
+    length = args.length or choose_length(sizes)
+    val, val_sizes = pack_rows(encoding, val_items, length)
+    sizes += val_sizes
+    left_out['with unknown words or characters'] = len(train_items + val_items) - len(sizes)
+    left_out['too long'] = sum(size > length for size in sizes)
+    return train, val, length
 
 
 def split_documents(text):
-    """The documents of a text, which <|endoftext|> ends; blank ones are none."""
-    parts = (text or '').split('<|endoftext|>')
-    return [part for part in parts if part.strip()]
+    """The documents of a text, each ended by <|endoftext|>, without blank ones."""
+    return [part for part in text.split('<|endoftext|>') if part.strip()]
 
 
-def chunks_of(texts):
-    """Yield (some CHUNK characters, whether a document ends there, the fraction that is done), and
-    of a blank text an empty chunk."""
-    for i, text in enumerate(texts):
-        for document in split_documents(text) or ['']:
-            # cut before white space, where no piece goes across
+def chunks_of(texts, what):
+    """Yield (some CHUNK characters, whether they end a document); of a blank text ('', False)."""
+    for text in progress(what, texts):
+        for document in split_documents(text or '') or ['']:
+            # cut before white space, which no piece crosses
             chunks = re.findall(rf'.{{1,{CHUNK}}}\s*\S*', document, re.DOTALL) or ['']
-            for j, chunk in enumerate(chunks, 1):
-                ends = j == len(chunks) and document != ''
-                yield chunk, ends, (i + j / len(chunks)) / len(texts)
+            for n, chunk in enumerate(progress(f'{what} of one document', chunks), 1):
+                yield chunk, chunk != '' and n == len(chunks)
 
 
-def pack_stream(texts, encoding, cache, left_out):
-    """A list or a column of the hub -> (flat ids, memory-mapped; tokens of each document)."""
+def prepare_stream(args, texts, encoding, left_out):
+    """A list or a column of documents -> (train ids, val ids: the end, length), memory-mapped."""
     eos = encoding.encode_single_token('<eos>')
-    sizes = [0]
     unknown = Counter()
-    tell = progress('encoding')
-    # without a name: it is gone when this script ends
-    folder = cache if cache.is_dir() else tempfile.gettempdir()
-    try:
-        file = tempfile.TemporaryFile(dir=folder)
-        for chunk, ends, done in chunks_of(texts):
-            ids = encode(encoding, chunk, unknown)
-            if ends:
-                ids.append(eos)
-            file.write(np.array(ids, '<u2').tobytes())
-            sizes[-1] += len(ids)
-            left_out['empty'] += not chunk
-            if ends:
-                sizes.append(0)
-            tell(done)
-        file.flush()
-    except OSError as error:
-        fail(f'{folder}: cannot be written: {why_not(error)}')
-    left_out['unknown characters'] += unknown.total()
-    sizes = np.array(sizes[:-1])
-    return np.memmap(file, '<u2', 'r', shape=int(sizes.sum())), sizes
-
-
-def split_stream(ids, sizes, held_out, documents):
-    """(train, val) of flat ids: held out is the end, a fraction of the tokens, or only so many
-    documents if these are fewer tokens (0: no such bound)."""
-    held = int(held_out * sizes.sum())
-    if documents:
-        held = min(held, int(sizes[-documents:].sum()))
-    return ids[:len(ids) - held], ids[len(ids) - held:]
+    file = tempfile.TemporaryFile()
+    for chunk, is_end in chunks_of(texts, 'encoding'):
+        left_out['empty'] += not chunk
+        ids = encode(encoding, chunk, unknown)
+        if is_end:
+            ids.append(eos)
+        file.write(np.array(ids, '<u2').tobytes())
+    file.flush()
+    left_out['unknown words or characters'] = unknown.total()
+    ids = np.memmap(file, '<u2', 'r')
+    start = len(ids) - int(args.val * len(ids))
+    return ids[:start], ids[start:], args.length or 32
 
 
 # -----------------------------------------------------------------------------
 # Data folders
 
-
 def checksum(meta, *ids):
     """CRCs of what a data folder holds; of files from 256 MB on of their length, to start fast."""
-    # of the description without the checksum itself
-    about = json.dumps({**meta, 'crc': 0}).encode()
-    sums = [zlib.crc32(about)]
+    about = json.dumps({**meta, 'crc': 0})
+    sums = [zlib.crc32(about.encode())]
     for x in ids:
-        sums.append(zlib.crc32(x if len(x) < 2 ** 27 else str(len(x)).encode()))
+        small = len(x) < 134_217_728
+        sums.append(zlib.crc32(x if small else str(len(x)).encode()))
     return sums
 
 
 def save_dataset(folder, train, val, spec, kind, pairs, length, source, overwrite=True):
     """folder/{train,val}.bin, then meta.json: a folder that has a meta.json is complete.
-    train, val: flat ids; spec: the tokenizer dict. Other data are replaced only with `overwrite`;
-    False if the same are there already, so that nothing was written."""
+    train, val: flat ids; spec: the tokenizer dict. Only `overwrite` replaces other data."""
     folder = Path(folder)
     train = np.ascontiguousarray(train, '<u2')
     val = np.ascontiguousarray(val, '<u2')
@@ -1382,54 +1099,42 @@ def save_dataset(folder, train, val, spec, kind, pairs, length, source, overwrit
         'tokenizer': spec,
     }
     meta['crc'] = checksum(meta, train, val)
-    old = read_dataset(folder)[0]
-    if old.get('crc') == meta['crc']:
-        # now it is the newest again
-        os.utime(folder / 'meta.json')
-        return False
-    if old:
-        check_replace(folder, overwrite, f'{old["train_tokens"]:,} tokens, {old["kind"]} of '
-                      f'{old["length"]}, {old["tokenizer"]["name"]}, from {old["source"]}')
-    # meta.json last: without it, or if it does not fit, the folder does not count
+    old = read_dataset(folder)
+    if old and old[0]['crc'] != meta['crc']:
+        about = '{train_tokens:,} tokens, {kind} of {length}, from {source}'.format(**old[0])
+        check_replace(folder, overwrite, about)
+    # meta.json is last: a folder without it, or with one that does not fit, does not count
     write_whole(folder / 'train.bin', train)
     write_whole(folder / 'val.bin', val)
     write_whole(folder / 'meta.json', json.dumps(meta).encode())
-    return True
 
 
 def command_for(folder):
-    """The command that prepares a folder; of a text that is not ours, what lists the ways to."""
+    """The command that prepares a folder, or for own text the help."""
     if folder.name not in SETS:
         return 'python prepare_data.py -h'
-    words = ['python', 'prepare_data.py', folder.name]
-    if folder.parent != Path('data'):
-        words += ['--data', as_word(folder.parent)]
-    return as_command(words)
+    return as_command(['python', 'prepare_data.py', folder.name, '--data', folder.parent])
 
 
 def read_dataset(folder):
-    """(meta dict, train ids, val ids, '') of a folder, or ({}, None, None, what is wrong)."""
+    """(meta dict, train ids, val ids) of a folder; None if it is damaged or of another format."""
     try:
         meta = json.loads((folder / 'meta.json').read_bytes())
-        if meta['format'] != FORMAT:
-            version = f'is of another version (format {meta["format"]}, here {FORMAT})'
-            return {}, None, None, version
         train = np.memmap(folder / 'train.bin', dtype='<u2', mode='r')
         val = np.memmap(folder / 'val.bin', dtype='<u2', mode='r')
-        # a bit that has flipped would be trained on in silence
-        if meta['crc'] == checksum(meta, train, val):
-            return meta, train, val, ''
+        # a flipped bit would be trained on silently
+        if meta['format'] == FORMAT and meta['crc'] == checksum(meta, train, val):
+            return meta, train, val
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return {}, None, None, 'is damaged'
+    return None
 
 
 def load_dataset(folder):
     """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
     folder = Path(folder)
-    # a text given to train_teacher.py
     if os.path.isfile(folder):
-        command = as_command(['python', 'prepare_data.py', 'mine', '--input', as_word(folder)])
+        command = as_command(['python', 'prepare_data.py', 'mine', '--input', folder])
         fail(f'{folder} is a file, not a folder of prepared data; run: {command}')
     if not os.path.isfile(folder / 'meta.json'):
         # a name without its folder, or a path that was right in another folder
@@ -1438,10 +1143,10 @@ def load_dataset(folder):
             fail(f'{folder} holds no prepared data, but {near} does; add --data {near}')
         fail(f'{folder} holds no prepared data; name another folder with --data, or run: '
              f'{command_for(folder)}')
-    meta, train, val, problem = read_dataset(folder)
-    if problem:
-        fail(f'{folder} {problem}; prepare it again: {command_for(folder)}')
-    return meta, train, val
+    dataset = read_dataset(folder)
+    if dataset is None:
+        fail(f'{folder} is damaged or of another version; prepare it again: {command_for(folder)}')
+    return dataset
 
 
 def newest_dataset():
@@ -1449,19 +1154,17 @@ def newest_dataset():
     found = list(Path('data').glob('*/meta.json'))
     if not found:
         fail('data holds no prepared data; first run: python prepare_data.py stories')
-    # of two from the same moment the last by name
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parent
+    return max(found, key=os.path.getmtime).parent
 
 
 # -----------------------------------------------------------------------------
 # Rows -> texts, and metrics of them
 
-
 def as_rows(ids, length):
     """Flat ids of a .bin file -> its whole rows (n, L), int64."""
     # what is left at the end fills no row
-    n = len(ids) // length
-    return np.array(ids[:n * length], dtype=np.int64).reshape(n, length)
+    whole = ids[:len(ids) // length * length]
+    return np.array(whole, dtype=np.int64).reshape(-1, length)
 
 
 def split_rows(rows, meta):
@@ -1474,7 +1177,6 @@ def split_rows(rows, meta):
         if meta['pairs']:
             source = row[:row.index(sep)]
             row = row[len(source) + 1:]
-            # <pad> stands between a source and its text
             while row[:1] == [pad]:
                 row = row[1:]
         if meta['kind'] == 'rows':
@@ -1491,35 +1193,27 @@ def to_texts(rows, meta, encoding=None):
     return [(decode(encoding, source), decode(encoding, text)) for source, text in parts]
 
 
-def words_of(text):
-    """Runs of letters and their marks, without regard to case; names of special tokens are none."""
-    text = re.sub('|'.join(SPECIAL), ' ', text)
-    return regex.findall(r'[\p{L}\p{M}]+', text.casefold())
-
-
-# characters of scripts that put no spaces between words: Thai and Lao, Burmese, Khmer, kana and the
-# signs beside them, Chinese, wide signs, rarer Chinese
+# scripts without spaces: Thai, Lao, Burmese, Khmer, kana and signs beside them, Chinese, wide signs
 UNSPACED = (r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff'
             r'\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]')
 
 
-def has_spaces(words):
-    """Whether words are words, and not DNA or whole sentences of a script without spaces."""
-    letters = ''.join(words)
-    unspaced = len(letters) - len(re.sub(UNSPACED, '', letters))
-    if unspaced > 0.5 * len(letters):
-        return False
-    # words of a text have 4 to 8 letters on average, from English to Finnish, in Korean 2 to 3
-    return 2 * len(words) <= len(letters) <= 12 * len(words)
+def words_of(text):
+    """Runs of letters in lower case, each character of scripts without spaces; not <eos>."""
+    text = re.sub('|'.join(SPECIAL), ' ', text.casefold())
+    text = re.sub(UNSPACED, r' \g<0> ', text)
+    return regex.findall(r'[\p{L}\p{M}]+', text)
 
 
 @functools.lru_cache(maxsize=4)
 def corpus_words(folder, limit=5_000_000):
-    """The set of words in the first `limit` training tokens of a data folder; it is empty for a
-    text without spaces."""
+    """The words in the first training tokens of a data folder; none of a text without spaces."""
     meta, train, _ = load_dataset(folder)
-    words = words_of(decode(make_encoding(meta['tokenizer']), train[:limit]))
-    return set(words) if has_spaces(words) else set()
+    encoding = make_encoding(meta['tokenizer'])
+    words = words_of(decode(encoding, train[:limit]))
+    # words have 2 to 8 letters on average, from Korean to Finnish; DNA has more, Chinese one
+    letters = sum(map(len, words))
+    return set(words) if 2 * len(words) <= letters <= 12 * len(words) else set()
 
 
 def sanity_metrics(rows, meta, data=''):
@@ -1530,17 +1224,18 @@ def sanity_metrics(rows, meta, data=''):
     texts = to_texts(rows, meta)
     if meta['tokenizer']['name'] == 'dates':
         forms = [(date_forms(source), text) for source, text in texts]
-        used = [allowed.index(text) for allowed, text in forms if text in allowed]
-        return {'valid': len(used) / len(texts), 'form_entropy': entropy_of(used) / math.log(8)}
+        used = Counter(allowed.index(text) for allowed, text in forms if text in allowed)
+        valid = used.total() / len(texts)
+        return {'valid': valid, 'form_entropy': entropy(used) / math.log(8)}
     if meta['tokenizer']['name'] == 'stories':
         metrics = story_metrics([text for _, text in texts])
         del metrics['slot_divergence']
         return metrics
-    entropies = [entropy_of(ids) for _, ids in split_rows(rows, meta)]
-    metrics = {'entropy': sum(entropies) / len(entropies), 'unique': len(set(texts)) / len(texts)}
+    entropies = [entropy(Counter(ids)) for _, ids in split_rows(rows, meta)]
+    metrics = {'entropy': sum(entropies) / len(entropies)}
+    metrics['unique'] = len(set(texts)) / len(texts)
     if data and os.path.isfile(Path(data) / 'meta.json'):
         vocabulary = corpus_words(str(data))
-        # a text of digits or signs only has no words
         if vocabulary:
             words = words_of(' '.join(text for _, text in texts))
             found = sum(word in vocabulary for word in words)
@@ -1555,7 +1250,6 @@ def parse(argv=None):
     """The options."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    # what to read
     add('name', nargs='?', default='stories', metavar='NAME',
         help=f'{", ".join(SETS)}, or any name for your own --input')
     add('--input', nargs='+', metavar='FILE',
@@ -1566,113 +1260,37 @@ def parse(argv=None):
              'usual names, such as src and trg')
     add('--rows', action='store_true',
         help='each line or record is a text of its own, or each text file of a folder')
-    add('--parallel', action='store_true', help='pairs: of two files line n belongs to line n')
-    add('--val-input', nargs='+', metavar='FILE', help='hold out these, in place of --val')
-    # how to write it
-    add('--tokenizer', help='gpt2, bpe:N, words:N (rows with other words are left out), byte, or '
-        'bert:vocab.txt (lower case without line breaks); what suits the text')
-    add('--length', type=number(int, 4, LONGEST_ROW),
-        help='tokens per row; what holds most texts, of a stream 32, or as in the papers')
-    add('--val', type=number(float, 0.0001, 0.9999), default=0.1,
-        help='fraction held out, of a stream its end; of a set with a test split at most that')
+    add('--tokenizer', type=tokenizer_name,
+        help='gpt2, bpe:N, words:N (rows with other words are left out), byte, or bert:vocab.txt '
+             '(lower case without line breaks); default: what suits the text')
+    add('--length', type=number(int, 4, 65536),
+        help='tokens per row; default: 32, for rows what holds 95 %% of the texts, up to 128')
+    add('--val', type=number(float, 0.0001, 0.9999),
+        help='fraction held out, of a stream its end; default: 0.1, for most sets of the hub less')
     add('--data', default='data', help='the folder that receives NAME/')
     add('--overwrite', action='store_true', help='replace other data in NAME/')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # a data set's own settings, unless others were given
+    own = SETS.get(args.name, {})
+    args.rows = args.rows or own.get('rows', False)
+    args.tokenizer = args.tokenizer or own.get('tokenizer', '')
+    args.length = args.length or own.get('length', 0)
+    args.val = args.val or own.get('val', 0.1)
+    return args
 
 
 def check(args):
     """Stop at options that cannot be, before anything is read."""
-    ours = args.name in SETS
     files = args.input or [args.name]
-    mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(as_word, files)])
-    if args.input and args.name in BUILT_IN:
-        fail(f'{args.name} needs no --input; give your text a name: {mine}')
-    if not ours and not args.input and os.path.exists(args.name):
-        fail(f'{args.name} is a file or a folder; give your text a name: {mine}')
-    if not re.fullmatch(r'\w[\w.-]*', args.name) or args.name.lower() == 'cache':
+    mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(Path, files)])
+    if args.name not in SETS and not args.input:
+        fail(f'{args.name}: not one of {", ".join(SETS)}; for your own text: {mine}')
+    if args.name in ('stories', 'dates') and (args.input or args.tokenizer != args.name):
+        fail(f'{args.name} takes neither --input nor --tokenizer; for your own text: {mine}')
+    if not re.fullmatch(r'(?!cache$)\w[\w.-]*', args.name, re.IGNORECASE):
         fail(f'NAME {args.name!r}: must be of letters, digits, "_", "-" and ".", and not cache')
-    if not ours and not args.input:
-        names = ', '.join(SETS)
-        fail(f'{args.name}: not one of {names}; for your own text add --input FILE')
-    if (args.columns or args.parallel) and not args.input:
-        fail(f'--columns and --parallel are for your own text; leave them out of {args.name}')
-    if args.columns and (args.parallel or len(args.columns) > 2):
-        fail('--columns: name one of texts, or two of pairs; of --parallel files none')
-    if args.tokenizer and args.name in ('stories', 'dates'):
-        fail(f'{args.name} has a tokenizer of its own; leave out --tokenizer')
-    if args.tokenizer:
-        check_tokenizer(args.tokenizer)
-
-
-def read_items(args, left_out):
-    """(items, where they are from): a list of texts or pairs, or a column of the hub."""
-    if args.input:
-        names = ' '.join(Path(name).name for name in args.input)
-        return read_files(args.input, args, left_out), names
-    if args.name == 'stories':
-        return stories(), 'draw_story of prepare_data.py'
-    if args.name == 'dates':
-        return dates(), 'all days of 1900-2099'
-    if args.name == 'pydocs':
-        return list(sentences(docstrings())), f'Python {sys.version.split()[0]}'
-    items = load_hub(args.name, Path(args.data) / 'cache', left_out)
-    if args.rows:
-        # rows are held in memory
-        items = [text or '' for text in items]
-    return items, HUB[args.name]['path']
-
-
-def prepare_rows(args, items, val_items, tokenizer, length, left_out):
-    """Texts or pairs, each in a row -> (train, val, tokenizer dict, length, advice on length)."""
-    items = clean_items(items, args.name == 'stories', left_out)
-    val_items = clean_items(val_items, False, left_out)
-    # from all texts, held out or not: a code has to be able to write them
-    texts = list(chain.from_iterable(map(as_texts, items + val_items)))
-    spec = make_tokenizer(tokenizer, texts)
-    encoding = make_encoding(spec)
-    # stories and dates are known to fit
-    if args.name not in ('stories', 'dates'):
-        items, sizes = measure(items, encoding, left_out)
-        val_items, val_sizes = measure(val_items, encoding, left_out)
-        length = length or choose_length(sizes + val_sizes)
-    train_items, val_items = split_items(items, args.val, val_items, left_out)
-    train, train_sizes = pack_rows(encoding, train_items, length)
-    val, val_sizes = pack_rows(encoding, val_items, length)
-    sizes = train_sizes + val_sizes
-    too_long = sum(size > length for size in sizes)
-    left_out['too long'] += too_long
-    advice = ''
-    if too_long > 0.1 * len(sizes):
-        enough = int(np.quantile(sizes, 0.95, method='higher'))
-        # whole books are for a stream, and not for rows
-        option = f'--length {enough}' if enough <= LONGEST_ROW else 'a stream, without --rows,'
-        advice = f'{option} would hold 95 % of them'
-    return train, val, spec, length, advice
-
-
-def prepare_stream(args, texts, val_texts, tokenizer, length, left_out):
-    """Documents, one after the other -> (train, val, tokenizer dict, length, no advice)."""
-    if tokenizer.startswith('words:'):
-        fail(f'--tokenizer {tokenizer}: leaves out rows with other words, which a stream lacks; '
-             f'add --rows, or take bpe:2048')
-    # of a column of the hub so many documents show what is frequent
-    spec = make_tokenizer(tokenizer, texts if isinstance(texts, list) else texts[:100_000])
-    encoding = make_encoding(spec)
-    cache = Path(args.data) / 'cache'
-    train, sizes = pack_stream(texts, encoding, cache, left_out)
-    if val_texts:
-        val, _ = pack_stream(val_texts, encoding, cache, left_out)
-    else:
-        documents = SETS.get(args.name, {}).get('test', 0)
-        train, val = split_stream(train, sizes, args.val, documents)
-    return train, val, spec, length or 32, ''
-
-
-# what helps if too little is left, by the reason why most was left out
-REMEDIES = {'duplicate': 'give texts that differ',
-            'labeled as different': 'give pairs that are labeled as asking the same',
-            'with unknown words or characters': 'take --tokenizer bpe:2048, which writes any text',
-            'with a text that is held out': 'give other texts to train on'}
+    if args.columns and (len(args.columns) > 2 or not args.input):
+        fail('--columns: of your own --input, name one of texts or two of pairs')
 
 
 def main(argv=None):
@@ -1680,56 +1298,50 @@ def main(argv=None):
     check(args)
     start = time.time()
     folder = Path(args.data) / args.name
-    settings = SETS.get(args.name, {})
 
-    # read, encode and split; what is left out is counted by its reason
-    left_out = Counter()
-    items, source = read_items(args, left_out)
-    if len(items) == 0:
+    left_out = Counter()            # how many items, by the reason
+    source = SETS.get(args.name, {}).get('source')
+    if args.input:
+        source = ' '.join(Path(name).name for name in args.input)
+        items = read_files(args, left_out)
+    elif args.name == 'stories':
+        items = stories()
+    elif args.name == 'dates':
+        items = dates()
+    else:
+        items = load_hub(args.name, Path(args.data) / 'cache', left_out)
+    if not any(map(str.strip, all_texts(items))):
         fail(f'{source}: holds no text')
-    val_items = read_files(args.val_input, args, left_out) if args.val_input else []
     pairs = isinstance(items[0], tuple)
-    if val_items and isinstance(val_items[0], tuple) != pairs:
-        fail('--val-input: has texts where --input has pairs, or the other way round')
-    kind = 'rows' if pairs or wants_rows(args) else 'stream'
-    notes = []
-    tokenizer = args.tokenizer or settings.get('tokenizer')
-    if not tokenizer:
-        tokenizer, why = choose_tokenizer(items, kind)
-        notes.append(f'--tokenizer {tokenizer}: {why}')
-    make = prepare_rows if kind == 'rows' else prepare_stream
-    train, val, spec, length, advice = make(
-        args, items, val_items, tokenizer, args.length or settings.get('length'), left_out)
-    reasons = ', '.join(f'{n:,} {reason}' for reason, n in left_out.items() if n) or 'nothing'
-    if min(len(train), len(val)) < length:
-        # what helps depends on why most of it was left out
-        remedy = 'give more texts' if kind == 'rows' else 'give more text, or a smaller --length'
-        reason, n = left_out.most_common(1)[0]
-        if n:
-            remedy = advice or REMEDIES.get(reason, remedy)
-        fail(f'{source}: too little text for rows of {length} tokens: {len(train):,} to train on, '
-             f'{len(val):,} held out, left out: {reasons}; {remedy}')
+    kind = 'rows' if pairs or args.rows else 'stream'
+    if kind == 'rows':
+        items = clean_items(items, args.name == 'stories', left_out)
 
-    # write, and say what became of it
-    written = save_dataset(folder, train, val, spec, kind=kind, pairs=pairs, length=length,
-                           source=source, overwrite=args.overwrite)
-    notes += [f'left out: {reasons}', advice]
-    if re.match('bpe|words', tokenizer) and spec['name'] != tokenizer:
-        notes.append(f'{tokenizer}: only {spec["name"]}, as the text has no more to learn')
-    if not written:
-        notes.append(f'{folder} already holds exactly these data, and was left as it is')
+    tokenizer = args.tokenizer or choose_tokenizer(items, kind)
+    if kind == 'stream' and tokenizer.startswith('words:'):
+        fail(f'--tokenizer {tokenizer}: leaves out rows with other words, which a stream lacks; '
+             f'add --rows, or take bpe:2048')
+    # of a column of the hub so many documents show what is frequent
+    seen = items if isinstance(items, list) else items[:100_000]
+    spec = make_tokenizer(tokenizer, list(all_texts(seen)))
+    prepare = prepare_rows if kind == 'rows' else prepare_stream
+    train, val, length = prepare(args, items, make_encoding(spec), left_out)
+    left_out = +left_out            # those that are not 0
+    reasons = ', '.join(f'{n:,} {reason}' for reason, n in left_out.items()) or 'nothing'
+    if min(len(train), len(val)) < length:
+        advice = '' if left_out else '; give more text, or a smaller --length'
+        fail(f'{source}: too little text for rows of {length} tokens: {len(train):,} to train on, '
+             f'{len(val):,} held out; left out: {reasons}{advice}')
+
+    save_dataset(folder, train, val, spec, kind, pairs, length, source, args.overwrite)
+    say(f'left out: {reasons}')
     V = len(spec['tokens']) + len(SPECIAL)
-    notes.append(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; {kind} of '
-                 f'{length}; {spec["name"]}, {V:,} tokens; {time.time() - start:.0f} s')
-    # the newest in data/ is what train_teacher.py takes anyway
-    command = ['python', 'train_teacher.py']
-    if Path(args.data) != Path('data'):
-        command += ['--data', as_word(folder)]
-    notes.append(f'next: {as_command(command)}')
+    say(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; {kind} of {length}; '
+        f'{spec["name"]}, {V:,} tokens; {time.time() - start:.0f} s')
+    command = as_command(['python', 'train_teacher.py', '--data', folder])
+    say(f'next: {command}')
     if pairs:
-        notes.append(f'or:   {as_command([*command, "--model", "diffuseq"])}')
-    for note in filter(None, notes):
-        say(note)
+        say(f'or:   {command} --model diffuseq')
 
 
 if __name__ == '__main__':

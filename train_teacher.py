@@ -45,7 +45,7 @@ from model import Config, autocast, build, generator, has_bf16, load, pick_devic
 # open gates, a reparameterization that follows the loss, given tokens in a fraction of the rows, an
 # anchor for the diffusion. assets/ablations.md has what each of them brings
 LAPTOP = dict(
-    layers=4, heads=8, width=128, channels=8, network='ours', dropout=0.0, gate=0.3,
+    layers=4, heads=8, width=128, channels=4, network='ours', dropout=0.0, gate=0.3,
     hidden_input=True, reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False,
     minutes=15, iters=None, batch=128, optimizer='muon', lr=3e-3, muon_lr=0.02, beta2=0.99,
     clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
@@ -70,7 +70,7 @@ BY_DATA = {
 }
 BY_MODEL = {
     'flm': {},
-    'diffuseq': dict(hidden_input=False, batch=64),
+    'diffuseq': dict(channels=8, hidden_input=False),
     # a baseline's embedding is not noised, so it may be wider; rows need no given tokens, as in
     # training the network sees some anyway
     'mdlm': dict(channels=32, hidden_input=False, given=0.0),

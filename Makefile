@@ -40,7 +40,7 @@ stories: data/stories
 	$(PY) train_teacher.py --data data/stories --model ar --layers 6 --iters 2000 \
 	  --eval-every 1000
 	$(PY) bench.py quality $S/teacher $S/student $S-mdlm/teacher $S-mdlm/sdtt $S-ar/teacher \
-	  --nfe 1 2 4 8 32 64 --rows 500 --seeds 2 --out assets/stories.json
+	  --nfe 1 2 4 8 32 64 --rows 500 --seeds 2 --out assets/stories.json --overwrite
 
 # one call beside its rivals, each trained three times, for about eight minutes of one core with
 # AVX512 (OMP_NUM_THREADS=1); masked diffusion is trained as long as the flow's teacher and student,
@@ -49,7 +49,7 @@ B = out/short
 short: short-0 short-1 short-2
 	$(PY) bench.py quality $B-{seed}/flow/teacher $B-{seed}/flow/student $B-{seed}/paper/teacher \
 	  $B-{seed}/paper/student $B-{seed}/mdlm/teacher $B-{seed}/mdlm/sdtt $B-{seed}/ar/teacher \
-	  --nfe 1 2 4 8 32 --rows 500 --seeds 3 --out assets/stories-short.json
+	  --nfe 1 2 4 8 32 --rows 500 --seeds 3 --out assets/stories-short.json --overwrite
 
 short-%: data/stories
 	$(PY) train_teacher.py --data data/stories --out $B-$*/flow/teacher --seed $*
@@ -67,7 +67,7 @@ short-%: data/stories
 P = out/pydocs
 pydocs: pydocs-0 pydocs-1 pydocs-2
 	$(PY) bench.py quality $P-{seed}/teacher $P-{seed}/student $P-{seed}/mdlm \
-	  --nfe 1 2 4 8 32 --rows 300 --seeds 3 --out assets/pydocs.json
+	  --nfe 1 2 4 8 32 --rows 300 --seeds 3 --out assets/pydocs.json --overwrite
 
 pydocs-%: data/pydocs
 	$(PY) train_teacher.py --data data/pydocs --out $P-$*/teacher --axis loss --channels 8 \
@@ -82,7 +82,7 @@ weights:
 	$(PY) sample.py out/dates/long --export assets/dates-one-call.pt --overwrite
 	cd assets && sha256sum *.pt > SHA256SUMS
 	$(PY) sample.py assets/stories-student.pt --compare assets/stories-teacher.pt \
-	  --film assets/stories-film.svg
+	  --film assets/stories-film.svg --overwrite
 
 # a flow map whose lessons are of eight calls, as are enough for eight minutes, and one of forty, of
 # more and better lessons, whose weights are in assets/. The baseline is trained as long as the former
@@ -95,7 +95,7 @@ dates: data/dates
 	  --eval-every 2000
 	$(PY) train_teacher.py --data data/dates --model mdlm --batch 64 --iters 5000
 	$(PY) bench.py quality $D/teacher $D/student $D/long $D-mdlm/teacher --nfe 1 2 4 8 32 \
-	  --rows 500 --seeds 2 --out assets/dates.json
+	  --rows 500 --seeds 2 --out assets/dates.json --overwrite
 
 # the other paper's pair: score distillation, with one noise for a row and with one for each position
 # as in the paper, then two such rounds
@@ -108,7 +108,7 @@ dates-diffuseq: data/dates
 	$(PY) distill.py $Q/teacher --guide $Q/student --out $Q/one-call-1 --iters 600 --decay 1
 	$(PY) distill.py $Q/teacher --guide $Q/one-call-1 --out $Q/one-call --iters 700 --decay 1
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/position $Q/one-call --method ddim \
-	  --nfe 1 4 50 --rows 500 --seeds 2 --out assets/dates-diffuseq.json
+	  --nfe 1 4 50 --rows 500 --seeds 2 --out assets/dates-diffuseq.json --overwrite
 
 # real pairs: questions asked twice on Quora, both methods and an autoregressive model. The figures
 # of the page are of another cut of the same questions (--input)
@@ -125,19 +125,18 @@ qqp: data/qqp
 	$(PY) distill.py out/qqp/teacher --noise-values 0 --lessons 6000 --iters 900 --eval-every 450
 	$(PY) train_teacher.py --data data/qqp --model ar --batch 64 --iters 1500 --eval-every 500
 	$(PY) bench.py quality $K/teacher $K/student $K/position $K/one-call out/qqp/teacher \
-	  out/qqp/student out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json
-	$(PY) bench.py quality $K/teacher --clamp --nfe 10 50 --rows 500 --out assets/qqp-clamp.json
+	  out/qqp/student out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json --overwrite
+	$(PY) bench.py quality $K/teacher --clamp --nfe 10 50 --rows 500 --out assets/qqp-clamp.json \
+	  --overwrite
 
 speed: .venv
 	$(PY) bench.py speed student,32,2048,128@1,4 flm,32,2048,128@8,64 mdlm,32,2048,128@8,64 \
-	  ar,32,2048,128 diffuseq,32,2048,128@50 --batch 1 64 --out assets/speed.json
+	  ar,32,2048,128 diffuseq,32,2048,128@50 --batch 1 64 --out assets/speed.json --overwrite
 
-# all that is to be timed on one GPU, in about 35 minutes: TEXT is a text file of yours; SKIP="call
-# samplers" leaves those steps of bench.py out; TINY=1 rehearses it all in a minute, on a CPU too.
-# Teacher and student of 30M parameters get ten minutes each: Ctrl-C, which `timeout` sends, saves
+# teacher and student of 30M parameters on one GPU: TEXT is a text file of yours; TINY=1 rehearses it
+# all in a minute, on a CPU too. Each gets ten minutes: Ctrl-C, which `timeout` sends, saves
 G = out/gpu
 ifdef TINY
-  GPU_BENCH = --tiny
   GPU_DATA = --tokenizer bpe:300 --length 16
   GPU_SIZE = --preset laptop --layers 1 --heads 2 --width 32 --channels 32 --batch 4 --iters 4
   GPU_STUDENT = --preset laptop --batch 4 --iters 4
@@ -148,12 +147,11 @@ else
   GPU_STUDENT = --batch 256 --eval-every 500
 endif
 gpu: .venv
-	$(PY) bench.py gpu $(GPU_BENCH) $(if $(SKIP),--skip $(SKIP))
 	$(PY) prepare_data.py gpu --input $(TEXT) $(GPU_DATA)
 	-timeout -s INT 600 $(PY) train_teacher.py --data data/gpu --out $G/teacher $(GPU_SIZE)
 	-timeout -s INT 600 $(PY) distill.py $G/teacher $(GPU_STUDENT)
 	$(PY) bench.py quality $G/student $G/teacher --nfe 1 2 4 8 32 $(GPU_ROWS) \
-	  --out $(if $(TINY),out,assets)/gpu-quality.json
+	  --out $(if $(TINY),out,assets)/gpu-quality.json --overwrite
 	$(PY) sample.py $G/student -n 8
 
 .PHONY: demo test slow lint stories short pydocs dates dates-diffuseq qqp speed weights gpu

@@ -1082,19 +1082,26 @@ def generator(device, *key):
 
 
 @torch.inference_mode()
-def write_rows(model, given, nfe, seed, **how):
-    """model.sample for given (B, L), at most 256 rows at a time: rows on the CPU, and seconds."""
+def write_parts(model, given, nfe, seed, **how):
+    """
+    model.sample for given (B, L), at most 256 rows at a time: yields rows on the CPU, and seconds.
+    """
     device = next(model.parameters()).device
     # 2: apart from the noise of training
     rng = generator(device, seed, 2)
     # so that (rows, L, V) stays below 4 GB
     rows_at_once = max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))
-    rows = []
-    start = time.perf_counter()
-    with autocast(device):
-        for part in given.split(rows_at_once):
-            rows.append(model.sample(part.to(device), nfe, rng, **how).cpu())
-    return torch.cat(rows), time.perf_counter() - start
+    for part in given.split(rows_at_once):
+        start = time.perf_counter()
+        with autocast(device):
+            rows = model.sample(part.to(device), nfe, rng, **how).cpu()
+        yield rows, time.perf_counter() - start
+
+
+def write_rows(model, given, nfe, seed, **how):
+    """All rows of write_parts, (B, L), and seconds."""
+    rows, seconds = zip(*write_parts(model, given, nfe, seed, **how))
+    return torch.cat(rows), sum(seconds)
 
 
 # -----------------------------------------------------------------------------
@@ -1125,6 +1132,8 @@ def save(path, modules, **more):
 
 def load(path, device='cpu'):
     """A model.pt, or the folder of one -> (averaged model in eval mode, checkpoint dict)."""
+    if os.path.isfile(path) and Path(path).suffix != '.pt':
+        fail(f'{path} is not a checkpoint; name a .pt file, or the folder of a model.pt')
     path = checkpoint_path(path)
     # os.path.isfile is False where Path's own would raise, such as for names that are too long
     if not os.path.isfile(path):

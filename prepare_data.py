@@ -22,6 +22,7 @@ import datetime
 import errno
 import functools
 import gzip
+import importlib.util
 import io
 import json
 import logging
@@ -127,6 +128,11 @@ def mute_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def tell(message):
+    """A line on stderr, where it does not mix with what a script writes."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def say(text):
     """Print a line of a long run, which goes on if nobody reads it, or the disk is full."""
     try:
@@ -212,6 +218,22 @@ def why_not(error):
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f'{reason}; name a folder that you may write to'
     return f'{reason}; name another folder'
+
+
+def check_output(flag, path, suffix, overwrite):
+    """Stop at a path that cannot be a file to write, or whose file would be replaced unasked."""
+    # a slip such as `--film model.pt` would replace a model by a picture
+    if Path(path).suffix != suffix:
+        fail(f'{flag} {path}: the name must end in {suffix}')
+    if os.path.isdir(path):
+        fail(f'{flag} {path}: is a folder; give the name of a file')
+    check_replace(path, overwrite, 'nothing is replaced unasked')
+
+
+def need(package, what):
+    """Stop where an optional package is missing."""
+    if importlib.util.find_spec(package.replace('-', '_')) is None:
+        fail(f'{what} needs a package: pip install {package}')
 
 
 def check_replace(path, overwrite, what):

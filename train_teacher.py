@@ -820,6 +820,8 @@ def train(run, model, objective, o):
         start = run.ckpt['iter']
         iters = o.iters or run.ckpt['iters']
         means = Means(run.ckpt['means'] if run.rank == 0 else None, run.device)
+    # of training, those before a stop included
+    began = time.perf_counter() - (run.ckpt['seconds'] if run.ckpt else 0)
     objective.resume(start, run, o)
     log = Log(run.out, start, o.batch * run.meta['length'])
     stopper = Stopper()
@@ -843,6 +845,7 @@ def train(run, model, objective, o):
         # save, and only then measure
         if (due or stop) and run.rank == 0:
             save(run.out / 'model.pt', modules, iter=it, iters=iters, means=means.sums,
+                 seconds=time.perf_counter() - began,
                  optimizers=[optimizer.state_dict() for optimizer in optimizers],
                  meta=run.meta, data=str(run.data), options=vars(o), parents=run.parents)
         if due or it == iters:

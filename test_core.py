@@ -1227,22 +1227,16 @@ def all_close(found, want, atol=1e-5):
 # Reparameterized time, and the diffusion's noise schedule
 
 
-@pytest.mark.parametrize('K, taus, times, tolerance', [
-    (27, (0.01, 0.5, 0.99), (0.106, 0.669, 0.823), 1e-3),
-    (65, (0.01, 0.5, 0.99), (0.179, 0.702, 0.832), 1e-3),
-    (4096, (0.01, 0.5, 0.99), (0.547, 0.784, 0.859), 1e-3),
-    (50257, (0.01, 0.5, 0.99), (0.646, 0.809, 0.870), 1e-3),
-    # the authors' own tables, for LM1B and OpenWebText
-    (30522, (0.25, 0.5, 0.75), (0.773478, 0.804477, 0.828097), 2e-5),
-    (50258, (0.25, 0.5, 0.75), (0.779238, 0.808741, 0.831367), 2e-5),
-])
-def test_spot_values_of_the_papers_reparameterization(K, taus, times, tolerance):
+@pytest.mark.parametrize('K, times', [
+    (27, [0.106, 0.669, 0.823]), (65, [0.179, 0.702, 0.832]), (4096, [0.547, 0.784, 0.859]),
+    (50257, [0.646, 0.809, 0.870])])
+def test_spot_values_of_the_papers_reparameterization(K, times):
     """A t(tau) of another K or another formula, which trains, and is a little worse everywhere."""
-    knots = models.reparameterization(K)
+    ts, taus = models.reparameterization(K)
 
-    found = models.piecewise_linear(torch.tensor(taus, dtype=DOUBLE), knots[1], knots[0])
+    found = models.piecewise_linear(torch.tensor([0.01, 0.5, 0.99], dtype=DOUBLE), taus, ts)
 
-    assert torch.allclose(found, torch.tensor(times, dtype=DOUBLE), rtol=0, atol=tolerance)
+    assert found.tolist() == pytest.approx(times, abs=1e-3)
 
 
 @pytest.mark.parametrize('i, ratio', [
@@ -1445,92 +1439,7 @@ def test_rows_come_to_the_network_at_unit_size(vocab, tau):
 
 
 # -----------------------------------------------------------------------------
-# The paper's own network, by what the authors' code returned for these weights
-
-
-def paper_network(calls, unused=0):
-    """A flow of 12 tokens with reproducible weights, and so many tokens that are never written."""
-    V, D = 12, 16
-    flow = models.build(Config(V + unused, 6, layers=2, heads=2, width=D, channels=D, cond=8,
-                               network='paper', calls=calls)).eval()
-    flow.taus.copy_(models.reparameterization(V)[1])
-    net = flow.net
-    numbers = np.random.RandomState(0)
-
-    def fill(part, scale=0.3):
-        for p in part.parameters() if isinstance(part, torch.nn.Module) else [part]:
-            p.data.copy_(torch.from_numpy(scale * numbers.randn(*p.shape)))
-
-    def fill_modulation(rows):
-        fill(net.modulation.weight[rows])
-        fill(net.modulation.bias[rows])
-
-    # in the order of the authors' model
-    fill(net.embed[:V], 1)
-    fill(net.time)
-    if calls:
-        fill(net.time_to)
-    for i, block in enumerate(net.blocks):
-        fill(block.norm1)
-        # so large that the cap on attention is felt
-        fill(block.qkv, 1.2)
-        for part in (block.out, block.norm2, block.up, block.down):
-            fill(part)
-        fill_modulation(slice(6 * D * i, 6 * D * (i + 1)))
-    fill(net.norm)
-    fill(net.head.weight[:V], 1)
-    fill(net.head.bias[:V], 1)
-    fill_modulation(slice(-2 * D, None))
-    # theirs scales by 1 + scale
-    ones = torch.tensor([0, 1, 0, 0, 1, 0] * 2 + [0, 1])
-    net.modulation.bias.data += ones.repeat_interleave(D)
-    net.embed.data[V:] = 0
-    net.head.bias.data[V:] = -1e4
-    # dense noise, projected
-    noise = torch.from_numpy(np.random.RandomState(1).randn(1, 6, V)).float() @ net.embed[:V]
-    flow.noise = lambda *words: noise
-    return flow
-
-
-@pytest.mark.parametrize('calls, log_p', [
-    (0, [-2.26518, -3.95207, -1.74644, -5.43511, -7.20182, -5.47501, -0.53683, -6.55213, -5.57443,
-         -3.23645, -2.93475, -4.50802]),
-    (1, [-5.88546, -7.22452, -0.6634, -7.07397, -3.71573, -5.41609, -5.4008, -3.3603, -4.17699,
-         -11.44835, -0.93494, -5.3898]),
-])
-def test_the_papers_network_predicts_what_the_authors_code_does(calls, log_p):
-    """A chunk of the modulation, a cap, a GELU, a bias or a time that is not the paper's."""
-    flow = paper_network(calls)
-    s, t = torch.tensor([[0.25], [0.75]])
-
-    logits = flow.predict(flow.noise(), nothing_given(1), s, t if calls else None)
-
-    found = logits[0, 0].log_softmax(-1)
-    assert torch.allclose(found, torch.tensor(log_p), rtol=0, atol=3e-5)
-
-
-@pytest.mark.parametrize('calls, nfe, text', [
-    (0, 1, [6, 0, 0, 0, 0, 0]), (0, 4, [0, 0, 0, 0, 0, 0]),
-    (1, 1, [2, 10, 2, 10, 10, 10]), (1, 4, [10, 10, 2, 10, 10, 10])])
-def test_texts_are_those_of_the_authors_from_the_same_noise(calls, nfe, text):
-    """Another grid of times, an Euler step too many, or ids of ours that are written."""
-    flow = paper_network(calls, unused=2)
-
-    assert flow.sample(nothing_given(1), nfe)[0].tolist() == text
-
-
-@pytest.mark.parametrize('vocab, calls, count', [
-    (30522, 0, 139_292_986), (30522, 1, 139_342_394),
-    (50258, 0, 169_627_218), (50258, 1, 169_676_626)])
-def test_the_papers_network_has_the_published_number_of_parameters(vocab, calls, count):
-    """A bias too many or too few, at the size of the published files."""
-    config = Config(vocab, 8, layers=12, heads=12, width=768, channels=768, network='paper',
-                    calls=calls)
-
-    with torch.device('meta'):
-        network = models.Denoiser(config, vocab)
-
-    assert sum(p.numel() for p in network.parameters()) == count
+# The paper's own network; what it predicts is tested with the published weights
 
 
 @pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
@@ -3604,15 +3513,15 @@ def test_advice_has_a_source_that_a_command_line_can_hold(sources, words):
 # -----------------------------------------------------------------------------
 # Command lines that cannot be
 
-HERE = '--data {dozen}/data ' + ' '.join(str(word) for word in SMALL)
-AGAIN = HERE + ' --out {small}/flow/teacher --iters'
+NEW = '--data {dozen}/data ' + ' '.join(str(word) for word in SMALL)
+AGAIN = NEW + ' --out {small}/flow/teacher --iters'
 FLOW = '{small}/flow/teacher'
 DIFFUSEQ = '{small}/diffuseq/teacher'
 STUDENT = FLOW + ' --batch 4 --rollout 2 --out {small}/flow/student --iters'
 GENERATOR = DIFFUSEQ + ' --batch 4 --out {small}/diffuseq/student --iters'
 LONG = '9' * 400
 
-REFUSED = [
+REFUSED_RUNS = [
     (train_teacher, '--nonsense 1', 'unrecognized arguments: --nonsense'),
     (train_teacher, '--lay 2', 'unrecognized arguments: --lay'),
     (train_teacher, 'extra', 'unrecognized arguments: extra'),
@@ -3624,21 +3533,21 @@ REFUSED = [
     (train_teacher, '--data missing', 'missing holds no prepared data'),
     (train_teacher, '--data text.txt', 'python prepare_data.py mine --input text.txt'),
     (train_teacher, f'--data {LONG}', 'holds no prepared data'),
-    (train_teacher, HERE + f' --out {LONG}', 'cannot be written'),
-    (train_teacher, HERE + ' --out text.txt', 'cannot be written'),
-    (train_teacher, HERE + f' --device {LONG}', 'is not available'),
-    (train_teacher, HERE + ' --device nonsense', '--device nonsense is not available'),
-    (train_teacher, HERE + ' --heads 3', 'must be a multiple of twice --heads (3)'),
-    (train_teacher, HERE + ' --width 36 --heads 4', '--width 36: must be a multiple'),
-    (train_teacher, HERE + ' --network paper', "--channels 8: the paper's network has as many as"),
-    (train_teacher, HERE + ' --model mdlm --stagger 0.5', '--stagger is for flm; leave it out for'),
-    (train_teacher, HERE + ' --model ar --reparam loss', '--reparam is for flm; leave it out for'),
-    (train_teacher, HERE + ' --model diffuseq --network paper', '--network is for flm; leave it'),
-    (train_teacher, HERE + ' --anchor 0.1', '--anchor is for diffuseq; leave it out for --model'),
-    (train_teacher, HERE + ' --iters 2 --minutes 2', '--iters and --minutes do not go together'),
-    (train_teacher, HERE + ' --micro-batches 3', 'must be a multiple of --micro-batches (3)'),
-    (train_teacher, HERE + ' --resume', 'nothing was saved in out/data/teacher yet; leave out'),
-    (train_teacher, HERE + f' --resume --out {LONG}', 'nothing was saved'),
+    (train_teacher, NEW + f' --out {LONG}', 'cannot be written'),
+    (train_teacher, NEW + ' --out text.txt', 'cannot be written'),
+    (train_teacher, NEW + f' --device {LONG}', 'is not available'),
+    (train_teacher, NEW + ' --device nonsense', '--device nonsense is not available'),
+    (train_teacher, NEW + ' --heads 3', 'must be a multiple of twice --heads (3)'),
+    (train_teacher, NEW + ' --width 36 --heads 4', '--width 36: must be a multiple'),
+    (train_teacher, NEW + ' --network paper', "--channels 8: the paper's network has as many as"),
+    (train_teacher, NEW + ' --model mdlm --stagger 0.5', '--stagger is for flm; leave it out for'),
+    (train_teacher, NEW + ' --model ar --reparam loss', '--reparam is for flm; leave it out for'),
+    (train_teacher, NEW + ' --model diffuseq --network paper', '--network is for flm; leave it'),
+    (train_teacher, NEW + ' --anchor 0.1', '--anchor is for diffuseq; leave it out for --model'),
+    (train_teacher, NEW + ' --iters 2 --minutes 2', '--iters and --minutes do not go together'),
+    (train_teacher, NEW + ' --micro-batches 3', 'must be a multiple of --micro-batches (3)'),
+    (train_teacher, NEW + ' --resume', 'nothing was saved in out/data/teacher yet; leave out'),
+    (train_teacher, NEW + f' --resume --out {LONG}', 'nothing was saved'),
     # what is there is not replaced, and continued only as what it was
     (train_teacher, AGAIN + ' 5', 'of 2 iterations; --resume continues it, --overwrite replaces'),
     (train_teacher, AGAIN + ' 1', 'of 2 iterations; --resume continues it, --overwrite replaces'),
@@ -3715,7 +3624,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize('script, words, said', REFUSED)
+@pytest.mark.parametrize('script, words, said', REFUSED_RUNS)
 def test_what_is_refused_is_one_line_and_changes_nothing(
         dozen, small, bad, tmp_path, monkeypatch, capfd, script, words, said):
     """A traceback, minutes of work before it, or a file written for a command that cannot be."""
@@ -4600,7 +4509,7 @@ def test_published_weights_predict_and_write_as_with_the_authors_code(kind):
     flow.noise = lambda *how: h
     written = {nfe: flow.sample(nothing_given(1), nfe)[0].tolist() for nfe in (1, 4)}
 
-    torch.testing.assert_close(said, torch.tensor(PUBLISHED_SAY[kind]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(said, torch.tensor(PUBLISHED_SAY[kind]), atol=3e-5, rtol=0)
     assert written == PUBLISHED_WRITE[kind]
 
 

@@ -1910,12 +1910,11 @@ def test_rounded_weights_write_the_same(monkeypatch):
 # Students, averages, optimizers
 
 
-def student_of(kind, teacher, *words, reference=None):
+def student_of(kind, teacher, *words):
     """A new student in eval mode."""
-    source = reference or teacher
     o = options(distill, kind, *words)
-    config = distill.METHODS[kind].student_config(source.config, o)
-    return distill.build_student(source, config).eval()
+    config = distill.METHODS[kind].student_config(teacher.config, o)
+    return distill.build_student(teacher, config).eval()
 
 
 def frozen(net):
@@ -1951,17 +1950,6 @@ def test_a_new_generator_is_its_teacher_at_a_later_start():
     # b of b/a = 2.5
     assert abs(x_t.std() - 2.5 / (1 + 2.5 ** 2) ** 0.5) < 0.005
     assert frozen(student) == {'bias', 'net.embed'}
-
-
-def test_a_new_refined_student_is_its_reference():
-    """A copy that begins as the teacher, so that what the reference learned is lost."""
-    reference = tiny(seed=1, model='diffuseq', calls=1)
-
-    student = student_of('refine', tiny(model='diffuseq'), reference=reference)
-
-    rows = student.sample(nothing_given(50), 1, generator())
-    assert torch.equal(rows, reference.sample(nothing_given(50), 1, generator()))
-    assert student.config == reference.config
 
 
 def one_update(net, ema, *optimizers, it=0, factor=1.0, clip=0.0):
@@ -2108,27 +2096,6 @@ def test_an_autoregressive_model_samples_by_its_own_probabilities():
     assert (torch.bincount(second, minlength=7) / len(second) - p).abs().max() < 0.03
 
 
-def uniform_mdlm():
-    """A masked diffusion for which all tokens are equally likely."""
-    net = tiny(model='mdlm')
-    net.net.head.requires_grad_(False)
-    net.net.head.weight.zero_()
-    net.net.head.bias.zero_()
-    return net
-
-
-@torch.no_grad()
-def test_masked_diffusion_weights_what_is_masked():
-    """Nats divided by the number of masks: a bound that is too good by their fraction."""
-    net = uniform_mdlm()
-    tokens = torch.randint(8, (4000, 6))
-    given = torch.where(torch.arange(6) < 2, tokens, -1)
-
-    for t in (0.2, 0.7):
-        loss = net.loss(tokens, given, torch.full((4000,), t)).mean()
-        assert abs(loss - math.log(12)) < 0.1
-
-
 def exact_twins(seen, target=None, weights=None):
     """What an mdlm predicts of two positions that are both 0 or both 1, equally likely."""
     p = torch.zeros(*seen.shape, 5)
@@ -2221,13 +2188,17 @@ def test_rounds_of_masked_distillation():
 @torch.no_grad()
 def test_masked_distillation_counts_what_is_masked():
     """A mean over positions that the student sees."""
-    objective = masked_distillation(uniform_mdlm(), '--rounds', 1, '--final-calls', 1, iters=1)
+    net = tiny(model='mdlm')
+    objective = masked_distillation(net, '--rounds', 1, '--final-calls', 1, iters=1)
+    # all tokens are equally likely
+    net.net.head.weight.zero_()
+    net.net.head.bias.zero_()
     tokens = torch.randint(8, (4000, 6))
     given = torch.where(torch.arange(6) < 5, tokens, -1)
 
     loss, _ = objective(tokens, given, [torch.full((4000,), 0.7)], generator())
 
-    # all is equally likely, in the three rows of ten whose last position is masked
+    # in the three rows of ten whose last position is masked
     assert abs(loss - 0.3 * math.log(12)) < 0.1
 
 
@@ -2675,19 +2646,6 @@ def test_batches_are_cut_where_rows_begin(kind, stride):
     assert tokens[:, 0].min() == 0
     assert tokens[:, 0].max() == 792
     assert torch.equal(tokens, some_rows(5000, kind)[0])
-
-
-def test_times_of_a_batch_are_stratified_in_every_micro_batch():
-    """A part of the batch that sees early times only."""
-    objective = train_teacher.TeacherLoss(tiny(), options(train_teacher, 'flm'))
-
-    tau, = objective.times(64, generator())
-
-    assert sorted((tau * 64).long().tolist()) == list(range(64))
-    for part in range(4):
-        assert sorted((tau[part::4] * 16).long().tolist()) == list(range(16))
-    assert tau.min() >= 0
-    assert tau.max() < 1
 
 
 @pytest.mark.parametrize('fraction', [0.0, 0.1, 1.0])
@@ -3427,7 +3385,6 @@ def bad(dozen, small):
         torch.save({**good, **more}, folder / f'{name}.pt')
     torch.save({'format': models.FORMAT, 'ema': Evil()}, folder / 'evil-2.pt')
     torch.save([1, 2], folder / 'list.pt')
-    (folder / 'text.pt').write_text('no')
     (folder / 'empty.pt').write_text('')
     whole = (small / 'flow/teacher/model.pt').read_bytes()
     (folder / 'cut.pt').write_bytes(whole[:-99])
@@ -3535,20 +3492,14 @@ LONG = '9' * 400
 
 REFUSED_RUNS = [
     (train_teacher, '--nonsense 1', 'unrecognized arguments: --nonsense'),
-    (train_teacher, '--lay 2', 'unrecognized arguments: --lay'),
-    (train_teacher, 'extra', 'unrecognized arguments: extra'),
     (train_teacher, '--reparam magic', 'invalid choice'),
-    (train_teacher, '--model gpt', 'invalid choice'),
-    (train_teacher, '--preset huge', 'invalid choice'),
     (train_teacher, '--dropout 1', 'a number from 0 to 0.999999'),
     (train_teacher, '', 'run: python prepare_data.py stories'),
     (train_teacher, '--data missing', 'missing holds no prepared data'),
     (train_teacher, '--data text.txt', 'python prepare_data.py mine --input text.txt'),
-    (train_teacher, f'--data {LONG}', 'holds no prepared data'),
     (train_teacher, NEW + f' --out {LONG}', 'cannot be written'),
     (train_teacher, NEW + ' --out text.txt', 'cannot be written'),
     (train_teacher, NEW + f' --device {LONG}', 'is not available'),
-    (train_teacher, NEW + ' --device nonsense', '--device nonsense is not available'),
     (train_teacher, NEW + ' --heads 3', 'must be a multiple of twice --heads (3)'),
     (train_teacher, NEW + ' --width 36 --heads 4', '--width 36: must be a multiple'),
     (train_teacher, NEW + ' --network paper', "--channels 8: the paper's network has as many as"),
@@ -3562,10 +3513,8 @@ REFUSED_RUNS = [
     (train_teacher, NEW + f' --resume --out {LONG}', 'nothing was saved'),
     # what is there is not replaced, and continued only as what it was
     (train_teacher, AGAIN + ' 5', 'of 2 iterations; --resume continues it, --overwrite replaces'),
-    (train_teacher, AGAIN + ' 1', 'of 2 iterations; --resume continues it, --overwrite replaces'),
     (train_teacher, AGAIN + ' 5 --seed 1', 'of 2 iterations; --overwrite replaces it'),
     (train_teacher, AGAIN + ' 2 --resume', 'has 2 iterations already; ask for more by --iters'),
-    (train_teacher, AGAIN + ' 1 --resume', 'has 2 iterations already'),
     (train_teacher, AGAIN + ' 9 --resume --seed 1', '--seed was 0, now 1'),
     (train_teacher, AGAIN + ' 9 --resume --batch 8', '--batch was 4, now 8'),
     (train_teacher, AGAIN + ' 9 --resume --width 64', '--width was 32, now 64'),
@@ -3577,14 +3526,11 @@ REFUSED_RUNS = [
     (train_teacher, AGAIN + ' 9 --out {bad}/weights', 'of 2 iterations; --overwrite replaces it'),
     (train_teacher, AGAIN + ' 9 --out {bad}/weights --resume', 'it holds only weights'),
     (distill, '--nonsense 1', 'unrecognized arguments: --nonsense'),
-    (distill, FLOW + ' --iter 2', 'unrecognized arguments: --iter'),
     (distill, '--method magic', 'invalid choice'),
-    (distill, '--loss kl', 'invalid choice'),
     (distill, '--substep 0', 'a number from 0.001 to 1'),
     (distill, '', 'first run: python train_teacher.py'),
     # what is no checkpoint, and nothing of it is executed
     (distill, 'missing', 'no such checkpoint'),
-    (distill, 'missing.pt', 'no such checkpoint'),
     (distill, LONG, 'no such checkpoint'),
     (distill, '{bad}/folder.pt', 'no such checkpoint'),
     (distill, '{bad}/empty', 'no such checkpoint'),
@@ -3595,7 +3541,6 @@ REFUSED_RUNS = [
     (distill, '{bad}/shape.pt', 'weights and config do not fit'),
     (distill, '{bad}/unknown.pt', 'weights and config do not fit'),
     (distill, '{bad}/list.pt', 'no whole checkpoint'),
-    (distill, '{bad}/text.pt', 'no whole checkpoint'),
     (distill, '{bad}/empty.pt', 'no whole checkpoint'),
     (distill, '{bad}/cut.pt', 'no whole checkpoint'),
     # what cannot be distilled, or not so
@@ -3608,11 +3553,8 @@ REFUSED_RUNS = [
     (distill, DIFFUSEQ + ' --reference ' + DIFFUSEQ, 'must be a student of this teacher'),
     (distill, DIFFUSEQ + ' --reference {small}/flow/student', 'must be a student of this teacher'),
     (distill, DIFFUSEQ + ' --reference {bad}/stranger.pt', 'must be a student of this teacher'),
-    (distill, DIFFUSEQ + f' --reference {LONG}', 'no such checkpoint'),
     (distill, FLOW + ' --data missing', 'missing holds no prepared data'),
     (distill, FLOW + ' --data {dozen}/bytes', 'it has another tokenizer; name its data by --data'),
-    (distill, FLOW + ' --device nonsense', '--device nonsense is not available'),
-    (distill, FLOW + ' --batch 7 --micro-batches 2', 'must be a multiple of --micro-batches (2)'),
     (distill, FLOW + ' --out text.txt', 'cannot be written'),
     (distill, FLOW + ' --adversarial 0.1', '--adversarial is for score; leave it out'),
     (distill, FLOW + ' --candidates 2', '--candidates is for refine; leave it out'),
@@ -3651,17 +3593,18 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
     assert files_in(dozen) == before
 
 
-def test_a_reference_that_was_trained_again_is_another(small, tmp_path, capfd):
-    """A reference that changed meanwhile: half of the run learns something else."""
-    shutil.copytree(small / 'diffuseq/student', tmp_path / 'reference')
+def test_a_reference_is_where_refining_starts_and_stays_what_it_was(small, bad, tmp_path, capfd):
+    """What the reference learned lost, or half of a run with another one."""
+    shutil.copy(bad / 'again.pt', tmp_path / 'reference.pt')
     words = (small / 'diffuseq/teacher', '--batch', 4, '--out', tmp_path / 'out',
-             '--reference', tmp_path / 'reference')
+             '--reference', tmp_path / 'reference.pt')
     run_main(distill, *words, '--iters', 1)
-    run_main(distill, small / 'diffuseq/teacher', '--batch', 4, '--out', tmp_path / 'reference',
-             '--iters', 1, '--overwrite')
+    heads = [models.load(path)[0].net.head.weight for path in (tmp_path / 'out', bad / 'again.pt')]
+    shutil.copy(small / 'diffuseq/student/model.pt', tmp_path / 'reference.pt')
 
     message = refusal(capfd, distill, *words, '--iters', 2, '--resume')
 
+    assert torch.allclose(*heads, atol=0.1)
     assert 'it has another reference' in message
 
 

@@ -24,7 +24,7 @@ import unicodedata
 import xml.etree.ElementTree
 import zipfile
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -801,14 +801,12 @@ def test_the_script_itself_runs(home):
 
 DOUBLE = torch.float64
 
-# sums in the same order on every machine; and so small a network gains nothing by more
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def same_every_time():
-    """Every test begins with the same seed; scripts take over Ctrl-C, which is given back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Every test begins with the same seed, and gets back the signals that a script took over."""
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     torch.manual_seed(0)
     yield
     for number, handler in handlers.items():
@@ -833,73 +831,61 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def options(script, *words, kind='flm', device='cpu'):
-    """Options of a command line, with what the preset says."""
+def options(script, kind, *words, machine='laptop'):
+    """Options of a command line, completed by a preset."""
     o = script.parse([str(word) for word in words])
-    train_teacher.apply_preset(o, torch.device(device), script.PRESETS, kind)
+    train_teacher.fill_in(o, script.preset(machine, kind, 'text'))
     return o
 
 
+def all_close(found, want, atol=1e-5):
+    return all(torch.allclose(a, b, atol=atol) for a, b in zip(found, want, strict=True))
+
+
 # -----------------------------------------------------------------------------
-# Time axes and schedules
+# Reparameterized time, and the diffusion's noise schedule
 
 
-@pytest.mark.parametrize('K, spots', [
-    (27, (.106, .669, .823)),
-    (65, (.179, .702, .832)),
-    (4096, (.547, .784, .859)),
-    (50257, (.646, .809, .870)),
-])
-def test_spot_values_of_the_papers_time_axis(K, spots):
-    """Another time axis than the paper's, on which nothing fails and all is a little worse."""
-    ts, taus = models.time_axis(K)
+@pytest.mark.parametrize('K, times', [
+    (27, [0.106, 0.669, 0.823]), (65, [0.179, 0.702, 0.832]), (4096, [0.547, 0.784, 0.859]),
+    (50257, [0.646, 0.809, 0.870])])
+def test_spot_values_of_the_papers_reparameterization(K, times):
+    """A t(tau) of another K or another formula, which trains, and is a little worse everywhere."""
+    ts, taus = models.reparameterization(K)
 
-    for tau, t in zip((.01, .5, .99), spots):
-        found = models.interpolate(torch.tensor(tau, dtype=DOUBLE), taus, ts).item()
-        assert abs(found - t) < 1e-3
+    found = models.piecewise_linear(torch.tensor([0.01, 0.5, 0.99], dtype=DOUBLE), taus, ts)
+
+    assert found.tolist() == pytest.approx(times, abs=1e-3)
 
 
 @pytest.mark.parametrize('i, ratio', [
-    (0, .122), (100, .527), (500, .99), (1000, 1.54), (1490, 2.5), (1999, 2225)])
+    (0, 0.122), (100, 0.527), (500, 0.99), (1000, 1.54), (1490, 2.5), (1999, 2225)])
 def test_spot_values_of_diffuseqs_schedule(i, ratio):
-    """Noise levels of a neighbouring index, or time running the other way."""
-    t = torch.tensor(1 - (i + 1) / 2000, dtype=DOUBLE)
-
-    a, b = models.noise_level(t)
+    """The noise level of a neighboring index, or time that runs backwards."""
+    a, b = models.noise_level(torch.tensor(1 - (i + 1) / 2000, dtype=DOUBLE))
 
     assert abs(b / a - ratio) < 0.005 * ratio
     assert abs(a ** 2 + b ** 2 - 1) < 1e-12
 
 
-def test_probability_that_the_argmax_is_right():
-    """A quadrature that is wrong for large vocabularies; the value is a Monte Carlo's."""
-    q = models.right_token_probability(torch.tensor([0.8], dtype=DOUBLE), 30522)
+# 0.4 is the root of 32 / 200, for a decoder of 32 of 200 directions
+@pytest.mark.parametrize('reparam, scale', [('paper', 1), ('root', 0.4), ('loss', 0.4)])
+def test_a_reparameterization_runs_from_0_to_1(reparam, scale):
+    """A --reparam that has no effect, or whose t(tau) does not go from noise to data."""
+    flow = tiny(vocab=200, reparam=reparam)
+    uniform = tiny(vocab=200, reparam='uniform')
 
-    assert abs(q.item() - 0.4561) < 1e-3
-
-
-def test_axes_of_a_flow():
-    """An axis option that changes nothing, or an axis that does not run from 0 to 1."""
-    flows = {axis: tiny(vocab=200, axis=axis) for axis in ('paper', 'uniform', 'measured')}
-    tau = torch.linspace(0, 1, 9)
-
-    assert torch.allclose(flows['uniform'].t_of(tau), tau, atol=1e-6)
-    assert torch.allclose(flows['paper'].taus, models.time_axis(200)[1].float())
-    seen = models.time_axis(200, (32 / 200) ** 0.5)[1].float()
-    assert torch.allclose(flows['measured'].taus, seen)
-    for flow in flows.values():
-        assert (flow.taus.diff() > 0).all()
-        assert flow.t_of(tau)[0] == 0
-        assert flow.t_of(tau)[-1] == 1
+    assert torch.allclose(flow.taus, models.reparameterization(200, scale)[1].float())
+    assert (flow.taus.diff() > 0).all()
+    assert flow.t_of(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+    assert uniform.t_of(torch.tensor([0.0, 0.3, 1.0])).tolist() == pytest.approx([0, 0.3, 1])
 
 
-@pytest.mark.parametrize('stagger', [0., 1., 3.])
-def test_measured_axis_lets_tau_rise_as_the_root_of_the_loss_falls(stagger):
-    """
-    A time axis that follows the wrong curve, a row's time for a token's, ends that wander, or times
-    at which only hard tokens are seen, or only easy ones.
-    """
-    flow = tiny(stagger=stagger, length=11)
+@pytest.mark.parametrize('reparam, stagger', [
+    ('root', 0.0), ('root', 1.0), ('root', 3.0), ('loss', 0.0), ('loss', 1.0)])
+def test_refitted_tau_rises_as_the_loss_or_its_root_falls(reparam, stagger):
+    """A tau fitted to the wrong curve, to a row's time in place of a token's, or to few tokens."""
+    flow = tiny(reparam=reparam, stagger=stagger, length=11)
     old = flow.taus.clone()
 
     def predict(h, given, tau):
@@ -911,153 +897,140 @@ def test_measured_axis_lets_tau_rise_as_the_root_of_the_loss_falls(stagger):
 
     flow.predict = predict
     given = torch.where(torch.arange(11) < 1, 0, nothing_given(2, 11))
-    flow.refit_axis(torch.zeros(2, 11).long(), given, seed=0)
+    flow.refit_reparam(torch.zeros(2, 11).long(), given, seed=0)
 
-    want = .5 * (1 - (1 - old ** 2).sqrt()) + .5 * old
+    left = (1 - old ** 2) ** (0.5 if reparam == 'root' else 1)
+    want = 0.5 * (1 - left) + 0.5 * old
     # the root is steep in the last of 32 stretches, which is a straight line there
     before = old < 31 / 32
     assert torch.allclose(flow.taus[before], want[before], atol=3e-3)
     assert (flow.taus.diff() > 0).all()
-    assert flow.taus[0] == 0
-    assert flow.taus[-1] == 1
+    assert (flow.taus[0], flow.taus[-1]) == (0, 1)
 
 
-@pytest.mark.parametrize('axis', ['measured', 'loss'])
-def test_the_axis_follows_the_loss_or_its_root(axis):
-    """An option that does nothing."""
-    flow = tiny(axis=axis)
-    old = flow.taus.clone()
-
-    def predict(h, given, tau):
-        # nats of token 0 at its own time: 1 - tau
-        p = torch.exp(flow.token_tau(tau, given) - 1)
-        others = torch.log((1 - p) / 7 + 1e-9)
-        return torch.cat([p.log()[..., None], others[..., None].expand(-1, -1, 7)], -1)
-
-    flow.predict = predict
-    flow.refit_axis(torch.zeros(2, 6).long(), nothing_given(2), seed=0)
-
-    falls = 1 - (1 - old) ** (0.5 if axis == 'measured' else 1)
-    before = old < 31 / 32
-    assert torch.allclose(flow.taus[before], (falls / 2 + old / 2)[before], atol=4e-3)
-
-
-def test_the_axis_is_measured_without_dropout():
-    """Another axis in each of several processes, whose dropout differs."""
-    axes = []
+def test_refitting_tau_depends_on_neither_dropout_nor_empty_rows():
+    """Another t(tau) in each of several processes, or one of nan where everything is given."""
+    tokens = torch.arange(12).view(2, 6) % 8
+    fits = []
     for seed in (1, 2):
-        flow = tiny(axis='measured', dropout=0.5)
-        torch.nn.init.normal_(flow.net.head.weight)
-        flow.train()
+        flow = tiny(reparam='root', dropout=0.5).train()
         torch.manual_seed(seed)
-        axes.append(flow.refit_axis(torch.arange(12).view(2, 6) % 8, nothing_given(2), seed=0))
-        assert flow.net.training
+        fits.append(flow.refit_reparam(tokens, nothing_given(2), seed=0).clone())
 
-    assert torch.equal(*axes)
-
-
-def test_the_axis_stays_where_nothing_is_to_be_written():
-    """An axis that is not a number, after a batch of one row that is given."""
-    flow = tiny(axis='measured')
-    old = flow.taus.clone()
-    tokens = torch.zeros(1, 6).long()
-
-    assert torch.equal(flow.refit_axis(tokens, tokens, seed=0), old)
+    assert flow.net.training
+    assert torch.equal(*fits)
+    assert torch.equal(flow.refit_reparam(tokens[:1], tokens[:1], seed=0), fits[0])
 
 
 # -----------------------------------------------------------------------------
-# The one-hot flow: dense equals projected
-
-
-def test_projected_noise_has_the_law_of_dense_noise():
-    """Noise of another covariance than E^T E: the flow would be another one."""
-    flow = tiny(vocab=80)
-    E = flow.net.embed.detach()
-
-    # V > C and many positions: through the Cholesky factor
-    noise = flow.begin(nothing_given(2000))
-
-    covariance = torch.cov(noise.flatten(0, 1).T)
-    want = E.T @ E
-    assert len(flow.noise_factor(2000 * 6)) == 32
-    assert (covariance - want).abs().max() < 0.08 * want.diagonal().max()
+# The one-hot flow: projected equals dense
 
 
 @torch.no_grad()
-def test_noise_of_few_values_has_few_symbols_and_the_same_covariance():
-    """Noise of another size than the teacher knows, or of any value after all."""
-    flow = tiny(vocab=80, channels=3, noise_values=4)
+@pytest.mark.parametrize('vocab, levels', [(80, 0), (80, 4), (3, 0), (3, 4)])
+def test_noise_has_the_covariance_of_dense_noise(vocab, levels):
+    """Noise of another covariance than E^T E, by its factor or, with few tokens, without."""
+    flow = tiny(vocab=vocab, channels=4, noise_levels=levels)
+    E = flow.net.embed
+    # its columns are correlated
+    E[:, 1] += E[:, 0]
+    E[:, 3] -= 2 * E[:, 0]
+
+    noise = flow.noise(60_000, 1).flatten(0, 1)
+
+    want = E.T @ E
+    assert (torch.cov(noise.T) - want).abs().max() < 0.05 * want.diagonal().max()
+    if levels:
+        assert len(noise.unique(dim=0)) == levels ** min(vocab, 4)
+
+
+def test_levels_are_medians_of_equally_likely_slices():
+    """Levels crowded in the middle or at the ends, or of another variance than the noise's."""
+    levels = models.quantization_levels(5)
+
+    assert torch.allclose(levels, -levels.flip(0), atol=1e-6)
+    assert levels.square().mean() == pytest.approx(1)
+    # of fifths: quantiles at 10, 30, 50, 70 and 90 %
+    assert levels[4] / levels[3] == pytest.approx(1.28155 / 0.52440, rel=1e-4)
+
+
+def test_noise_has_the_mean_gradient_of_dense_noise():
+    """A biased gradient through the noise's factor, by which E learns something else."""
+    flow = tiny(vocab=10, channels=3)
     E = flow.net.embed
 
-    # no more positions than channels, and many
-    few = torch.cat([flow.noise(1, 3) for _ in range(1000)])
-    many = flow.noise(20_000, 1)
+    def gradient(noise):
+        # not linear, so that the gradient depends on the noise
+        loss = 0.5 * noise.square().sum(-1) + noise.sum(-1).sin() + noise.prod(-1)
+        return torch.autograd.grad(loss.mean(), E)[0]
 
-    for noise in (few, many):
-        assert len(noise.flatten(0, 1).unique(dim=0)) == 4 ** 3
-    want = E.T @ E
-    assert (torch.cov(many.flatten(0, 1).T) - want).abs().max() < 0.08 * want.diagonal().max()
+    found = gradient(flow.noise(1, 200_000))
 
-
-def test_values_are_medians_of_equally_likely_slices():
-    """Values crowded in the middle, or all at the ends."""
-    values = models.values_of_noise(5)
-
-    assert torch.allclose(values, -values.flip(0), atol=1e-6)
-    assert values.square().mean() == pytest.approx(1)
-    # of fifths: quantiles at 10, 30, 50, 70 and 90 %
-    assert values[4] / values[3] == pytest.approx(1.28155 / 0.52440, rel=1e-4)
-    assert models.values_of_noise(2).tolist() == [-1, 1]
+    want = gradient(torch.randn(200_000, 10) @ E)
+    assert (found - want).norm() < 0.03 * want.norm()
 
 
-def dense_and_projected(flow, t):
-    """x_t (B, L, V) and its projection (B, L, C), made apart from the same noise."""
-    E = flow.net.embed.detach()
-    V = len(E)
-    tokens = torch.randint(V, (3, 6))
-    eps = torch.randn(3, 6, V)
-    dense = (1 - t) * eps + t * torch.eye(V)[tokens]
-    # the z whose z R is eps E
-    R = flow.noise_factor(99)
-    z = torch.linalg.solve(R.T, (eps @ E).transpose(1, 2)).transpose(1, 2)
-    projected = models.jump(z @ R, E[tokens], torch.tensor(0.), torch.tensor(t))
-    return dense, projected
+@pytest.mark.parametrize('vocab', [80, 12])
+def test_a_frozen_table_writes_the_same_texts(vocab):
+    """A factor of another table, or one that a checkpoint holds and no model can load."""
+    flow = tiny(vocab=vocab, calls=1)
+    names = flow.state_dict().keys()
+    want = flow.sample(nothing_given(50), 2, generator())
+
+    flow.freeze_table()
+
+    assert flow.sample(nothing_given(50), 2, generator()).equal(want)
+    assert flow.state_dict().keys() == names
+
+
+@torch.no_grad()
+def test_the_noise_and_the_nearest_embedding_are_as_exact_in_bf16(monkeypatch):
+    """A noise factor as coarse as bf16, or a token rounded to its neighbor."""
+    flow = tiny(vocab=300, model='diffuseq')
+    x = torch.randn(50, 50, 32)
+    want = flow.nearest(x)
+    monkeypatch.setattr(models, 'has_bf16', lambda device: True)
+    # what a GPU does: products of bf16 numbers, added up in fp32
+    monkeypatch.setattr(torch, 'mm', lambda a, b, out_dtype: a.float() @ b.float())
+
+    with torch.autocast('cpu', torch.bfloat16):
+        found = flow.nearest(x)
+        R = tiny(vocab=300).noise_factor()
+
+    assert found.equal(want)
+    E = tiny(vocab=300).net.embed
+    assert (R.T @ R - E.T @ E).abs().max() < 2e-5 * (E.T @ E).max()
 
 
 @torch.no_grad()
 def test_dense_equals_projected_on_the_same_noise():
-    """An input that is not x_t E, although it looks like it."""
-    flow = tiny(vocab=80)
-
-    dense, projected = dense_and_projected(flow, 0.3)
-
-    assert torch.allclose(dense @ flow.net.embed, projected, atol=1e-4)
-
-
-@torch.no_grad()
-def test_dense_jump_equals_projected_jump():
-    """Euler steps or jumps that leave the projected flow."""
+    """An input that is not x_t E, or a jump that leaves the projected flow."""
     flow = tiny(vocab=80)
     E = flow.net.embed
-    dense, projected = dense_and_projected(flow, 0.3)
+    s, t = torch.tensor([0.3, 0.6])
+    tokens = torch.randint(80, (3, 6))
+    eps = torch.randn(3, 6, 80)
     p = torch.rand(3, 6, 80).softmax(-1)
-    s = torch.tensor(0.3)
-    t = torch.tensor(0.6)
+    # the z whose z R is eps E
+    R = flow.noise_factor()
+    z = torch.linalg.solve(R.T, (eps @ E).mT).mT
 
-    after = models.jump(dense, p, s, t)
+    dense = (1 - s) * eps + s * torch.eye(80)[tokens]
+    projected = (1 - s) * (z @ R) + s * E[tokens]
 
-    assert torch.allclose(after @ E, models.jump(projected, p @ E, s, t), atol=1e-4)
+    assert torch.allclose(dense @ E, projected, atol=1e-4)
+    jumps = models.jump(dense, p, s, t) @ E, models.jump(projected, p @ E, s, t)
+    assert torch.allclose(*jumps, atol=1e-4)
 
 
-@torch.no_grad()
-def test_corrupted_rows_are_noise_and_token_and_given_ones_clean():
-    """A time that is taken for another, or noise on a prompt."""
+def test_noisy_rows_are_noise_and_token_and_given_ones_clean():
+    """A time taken for another, or noise on a prompt."""
     flow = tiny(vocab=80)
     tokens = torch.randint(80, (3, 6))
     given = torch.where(torch.arange(6) < 2, tokens, -1)
-    tau = torch.tensor([0., .4, .9])
+    tau = torch.tensor([0.0, 0.4, 0.9])
 
-    h = flow.corrupt(tokens, given, tau, generator(1))
+    h = flow.q_sample(tokens, given, tau, generator(1))
 
     t = flow.t_of(tau)[:, None, None]
     E = flow.net.embed
@@ -1066,52 +1039,81 @@ def test_corrupted_rows_are_noise_and_token_and_given_ones_clean():
     assert torch.equal(h[:, :2], E[tokens][:, :2])
 
 
-@torch.no_grad()
+@pytest.mark.parametrize('tau', [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize('vocab', [80, 3000])
-def test_rows_come_to_the_network_at_unit_size(vocab):
-    """Inputs 200 times too large or small at one end of the flow, which trains all the same."""
-    flow = tiny(vocab=vocab)
+def test_rows_come_to_the_network_at_unit_size(vocab, tau):
+    """Inputs 200 times too large or small at one end of the flow, which train all the same."""
+    flow = tiny(vocab=vocab, layers=1)
     tokens = torch.randint(vocab, (64, 6))
     given = torch.where(torch.arange(6) < 2, tokens, -1)
     seen = []
     flow.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
+    tau = torch.full((64,), tau)
 
-    for tau in (0., .3, .7, 1.):
-        tau = torch.full((64,), tau)
-        flow.predict(flow.corrupt(tokens, given, tau), given, tau)
+    flow.predict(flow.q_sample(tokens, given, tau), given, tau)
 
-    for h in seen:
-        assert abs(h[:, 2:].square().mean() - 1) < 0.15
-        assert abs(h[:, :2].square().mean() - 1) < 0.15
+    h, = seen
+    assert abs(h[:, 2:].square().mean() - 1) < 0.15
+    assert abs(h[:, :2].square().mean() - 1) < 0.15
+
+
+# -----------------------------------------------------------------------------
+# The paper's own network; what it predicts is tested with the published weights
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
+def test_fused_capped_attention_is_the_plain_one():
+    """Attention on a GPU with another scale or another cap than on a CPU."""
+    # logits on both sides of the cap
+    q, k, v = 4 * torch.randn(3, 2, 2, 6, 16)
+
+    fused = models.flex_attention(q, k, v, score_mod=models.cap_score)
+
+    assert torch.allclose(fused, models.capped_attention(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize('gamma', [0.0, 0.6, 0.8, 1.0])
+def test_where_gamma_sampling_lands(gamma):
+    """The paper's students sampled by another rule than the one behind their published figures."""
+    taus = torch.tensor([0.2, 0.5, 0.8])
+    keep = (1 - gamma ** 2) ** 0.5
+    for network, calls in (('paper', 1), ('paper', 0), ('ours', 1)):
+        flow = tiny(network=network, calls=calls)
+        t = flow.t_of(taus)
+        if network == 'paper' and calls:
+            want = 1 - (1 - t) * keep
+        else:
+            want = t / (t + (1 - t) * keep)
+
+        assert torch.allclose(flow.t_of(flow.gamma_landing(taus, gamma)), want, atol=1e-3)
 
 
 # -----------------------------------------------------------------------------
 # Jumps, and the flow map of a flow whose denoiser is known: one position, K tokens of prior pi
 
 
-def test_jump_stays_arrives_and_composes():
-    """A jump that is right for one leg and wrong for two."""
+def test_a_jump_stays_arrives_and_composes():
+    """A jump that is right for one step and wrong for two."""
     x = torch.randn(2, 4, 3, dtype=DOUBLE)
     p = torch.rand(2, 4, 3, dtype=DOUBLE).softmax(-1)
-    s, u = torch.tensor([.2, .5], dtype=DOUBLE)
-    t = torch.tensor(.8, dtype=DOUBLE)
+    s, u, t, end = torch.tensor([0.2, 0.5, 0.8, 1.0], dtype=DOUBLE)
 
     assert torch.allclose(models.jump(x, p, s, s), x)
-    assert torch.allclose(models.jump(x, p, s, torch.ones_like(s)), p)
+    assert torch.allclose(models.jump(x, p, s, end), p)
     two = models.jump(models.jump(x, p, s, u), p, u, t)
     assert torch.allclose(two, models.jump(x, p, s, t))
 
 
 def exact_denoiser(x, t):
     """D_t(x)_k ~ pi_k exp(t x_k / (1-t)^2): Bayes for x = (1-t) eps + t e_k."""
-    prior = torch.tensor([.5, .3, .2], dtype=DOUBLE)
+    prior = torch.tensor([0.5, 0.3, 0.2], dtype=DOUBLE)
     return (prior.log() + t * x / (1 - t) ** 2).softmax(-1)
 
 
-def exact_map(x, s, t, calls=4000):
+def exact_map(x, s, t, steps=1500):
     """X_{s,t}(x) by the midpoint method: dx/dr = (D_r(x) - x) / (1-r)."""
-    step = (t - s) / calls
-    for i in range(calls):
+    step = (t - s) / steps
+    for i in range(steps):
         a = s + i * step
         middle = a + step / 2
         y = x + step / 2 * (exact_denoiser(x, a) - x) / (1 - a)
@@ -1119,13 +1121,15 @@ def exact_map(x, s, t, calls=4000):
     return x
 
 
-def exact_delta(x, s, t, calls=4000):
-    return x + (1 - s) * (exact_map(x, s, t, calls) - x) / (t - s)
+def exact_delta(x, s, t, steps=1500):
+    return x + (1 - s) * (exact_map(x, s, t, steps) - x) / (t - s)
 
 
 class ExactNet:
     """Both networks of a distillation, without error; h is x itself (E = identity), tau is t."""
-    config = Namespace(stagger=0.0)
+
+    def __init__(self, stagger=0.0):
+        self.config = Namespace(stagger=stagger)
 
     def predict(self, h, given, tau, tau_to=None):
         if tau_to is None:
@@ -1139,283 +1143,255 @@ class ExactNet:
         return models.jump(h, p, s[:, None, None], t[:, None, None])
 
 
-def toy_jumps(s, t):
-    """Rows x of two jumps, s and t as tensors, and the exact delta_{s,t}(x)."""
-    x = torch.randn(2, 4, 3, dtype=DOUBLE)
+def error_of(target, s, t, stagger=0.0, **how):
+    """The largest error of a distillation's target for exact networks, for rows from s to t."""
+    x = torch.randn(2, 4, 3, dtype=DOUBLE, generator=generator())
     s = torch.tensor(s, dtype=DOUBLE)
     t = torch.tensor(t, dtype=DOUBLE)
-    return x, s, t, exact_delta(x, s[:, None, None], t[:, None, None])
-
-
-@pytest.mark.parametrize('target, leg, tolerance', [
-    (distill.semigroup_target, .5, 1e-6),
-    (distill.lagrangian_target, .01, .01),
-    (distill.eulerian_target, .01, .01),
-])
-def test_targets_are_right_at_the_exact_flow_map(target, leg, tolerance):
-    """A target that a perfect student would have to leave."""
-    x, s, t, want = toy_jumps([.0, .2], [.9, .6])
-    o = Namespace(leg=leg)
-
-    found = target(ExactNet(), ExactNet(), x, None, s, t, o)
-
-    assert torch.allclose(found, want, atol=tolerance)
+    net = ExactNet(stagger)
+    found = target(net, net, x, None, s, t, Namespace(**how))
     assert (found.sum(-1) - 1).abs().max() < 1e-9
+    return (found - exact_delta(x, s[:, None, None], t[:, None, None])).abs().max()
+
+
+@pytest.mark.parametrize('target, how, s, t, error', [
+    (distill.semigroup_target, {}, [0.0, 0.2], [0.9, 0.6], 1e-5),
+    (distill.lagrangian_target, {'substep': 0.01}, [0.0, 0.2], [0.9, 0.6], 0.01),
+    (distill.eulerian_target, {'substep': 0.01}, [0.0, 0.2], [0.9, 0.6], 0.01),
+    (distill.rollout_target, {'rollout': 400}, [0.0, 0.2], [0.9, 0.6], 0.01),
+    (distill.rollout_target, {'rollout': 400}, [0.0, 0.0], [0.999, 0.999], 0.01),
+])
+def test_targets_are_right_at_the_exact_flow_map(target, how, s, t, error):
+    """A target that a perfect student would have to move away from."""
+    assert error_of(target, s, t, **how) < error
+
+
+@pytest.mark.parametrize('stagger', [0.0, 3.0])
+def test_rollout_is_of_second_order(stagger):
+    """Steps, even or uneven, as coarse as Euler's, where twice as many halve the error."""
+    few, many = [error_of(distill.rollout_target, [0.0, 0.2], [0.9, 0.6], stagger, rollout=n)
+                 for n in (40, 80)]
+
+    assert many < few / 3
 
 
 class NotingNet(ExactNet):
     """A network that takes note of the times it is asked for."""
 
-    def __init__(self, name, asked):
+    def __init__(self, name, asked, stagger):
+        super().__init__(stagger)
         self.name = name
         self.asked = asked
 
-    def predict(self, h, given, tau, tau_to=None):
-        times = (tau,) if tau_to is None else (tau, tau_to)
-        self.asked.append((self.name, *[round(time.item(), 6) for time in times]))
+    def predict(self, h, given, *times):
+        self.asked.append((self.name, *[round(tau.item(), 6) for tau in times]))
         return torch.zeros_like(h)
 
 
 @pytest.mark.parametrize('target, stagger, asked', [
-    (distill.semigroup_target, 0., [('student', .2, .6), ('student', .6, 1.)]),
-    (distill.lagrangian_target, 0., [('student', .2, .92), ('teacher', .92)]),
-    (distill.eulerian_target, 0., [('teacher', .2), ('student', .28, 1.)]),
-    (distill.rollout_target, 0.,
-     [('teacher', .2), ('teacher', .4), ('teacher', .6), ('teacher', .8)]),
+    (distill.semigroup_target, 0.0, [('student', 0.2, 0.6), ('student', 0.6, 1.0)]),
+    (distill.lagrangian_target, 0.0, [('student', 0.2, 0.92), ('teacher', 0.92)]),
+    (distill.eulerian_target, 0.0, [('teacher', 0.2), ('student', 0.28, 1.0)]),
+    (distill.rollout_target, 0.0,
+     [('teacher', 0.2), ('teacher', 0.4), ('teacher', 0.6), ('teacher', 0.8)]),
     # the first steps are shorter: 1/8 and 0.354 and 0.65 of the way
-    (distill.rollout_target, 3.,
-     [('teacher', .2), ('teacher', .3), ('teacher', .482843), ('teacher', .719615)]),
+    (distill.rollout_target, 3.0,
+     [('teacher', 0.2), ('teacher', 0.3), ('teacher', 0.482843), ('teacher', 0.719615)]),
 ])
 def test_who_is_asked_for_a_target_and_at_which_times(target, stagger, asked):
-    """A student that only learns from itself; at the exact flow map all legs are as good."""
+    """A student that learns from itself alone: at the exact flow map any sub-steps are as good."""
     found = []
-    student = NotingNet('student', found)
-    teacher = NotingNet('teacher', found)
-    teacher.config = Namespace(stagger=stagger)
-    s = torch.tensor([.2], dtype=DOUBLE)
-    t = torch.tensor([1.], dtype=DOUBLE)
+    student, teacher = [NotingNet(name, found, stagger) for name in ('student', 'teacher')]
+    s, t = torch.tensor([[0.2], [1.0]], dtype=DOUBLE)
 
-    target(student, teacher, torch.randn(1, 4, 3, dtype=DOUBLE), None, s, t,
-           Namespace(leg=.1, rollout=4))
+    target(student, teacher, torch.zeros(1, 4, 3), None, s, t, Namespace(substep=0.1, rollout=4))
 
     assert found == asked
 
 
-@pytest.mark.parametrize('s, t', [([.0, .2], [.9, .6]), ([0., 0.], [.999, .999])])
-def test_rollout_finds_the_exact_flow_map(s, t):
-    """Copies of the teacher's way that end elsewhere."""
-    x, s, t, want = toy_jumps(s, t)
+def test_semigroup_weight_at_the_ends():
+    """A division by 0 where a sub-step has no length, or where a jump ends at t = 1."""
+    s, u, t = torch.tensor([[0.0, 0.5, 1.0], [0.2, 0.2, 0.6], [0.2, 0.6, 0.6]]).T
 
-    found = distill.rollout_target(ExactNet(), ExactNet(), x, None, s, t, Namespace(rollout=400))
-
-    assert torch.allclose(found, want, atol=.01)
-    assert (found.sum(-1) - 1).abs().max() < 1e-9
+    assert models.semigroup_weight(s, u, t).tolist() == pytest.approx([0, 0, 1])
+    assert models.semigroup_weight(s, s, s).isfinite().all()
 
 
-@pytest.mark.parametrize('stagger', [0.0, 3.0])
-def test_rollout_is_of_second_order(stagger):
-    """Steps as coarse as Euler's, whose error halves with twice as many; of uneven ones, too."""
-    x, s, t, want = toy_jumps([.0, .2], [.9, .6])
-    net = ExactNet()
-    net.config = Namespace(stagger=stagger)
-
-    few, many = [
-        (distill.rollout_target(net, net, x, None, s, t, Namespace(rollout=n)) - want
-         ).abs().max() for n in (40, 80)]
-
-    assert many < few / 3
+def flow_map(*words, student=None, teacher=None):
+    """A FlowMap of tiny networks."""
+    student = student or tiny(calls=1)
+    teacher = teacher or tiny(seed=1)
+    return distill.FlowMap(student, teacher, None, options(distill, 'flow map', *words))
 
 
-def test_weight_of_the_first_leg():
-    """Two legs weighed such that no flow map fulfils it; a division by 0 at the ends."""
-    s, u, t = torch.tensor([[.1, .3, .7], [0., .5, 1.], [.2, .2, .6], [.2, .6, .6]], dtype=DOUBLE).T
-    x = torch.randn(3, dtype=DOUBLE)
-
-    g = models.first_leg_weight(s, u, t)
-
-    first = exact_delta(x, s[0], u[0], 400)
-    last = exact_delta(exact_map(x, s[0], u[0], 400), u[0], t[0], 400)
-    two = g[0] * first + (1 - g[0]) * last
-    assert torch.allclose(two, exact_delta(x, s[0], t[0], 800), atol=1e-4)
-    assert torch.allclose(g[1:], torch.tensor([0., 0., 1.], dtype=DOUBLE))
-    # s = u = t
-    assert models.first_leg_weight(s, s, s).isfinite().all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('diagonal, boundary', [(.5, 1 / 32), (0., .5), (1., .5), (.25, 0.)])
-def test_loss_of_a_flow_map_against_brute_force(diagonal, boundary):
-    """Rows that get each other's targets, or a share of rows that stops the run."""
-    student = tiny(two_time=True)
-    teacher = tiny(seed=1)
+@pytest.mark.parametrize('method, diagonal, boundary', [
+    ('semigroup', 0.5, 1 / 32), ('semigroup', 0, 0.5), ('semigroup', 1, 0.5),
+    ('semigroup', 0.25, 0), ('rollout', 0.25, 0.85)])
+def test_loss_of_a_flow_map_against_brute_force(method, diagonal, boundary):
+    """Rows that get each other's targets, or a fraction of rows that stops the run."""
+    objective = flow_map('--method', method, '--diagonal', diagonal, '--boundary', boundary,
+                         '--reuse', 0, '--rollout', 3)
+    student = objective.student
     tokens = torch.randint(8, (8, 6))
-    given = torch.where(torch.rand(8, 6) < .3, tokens, -1)
-    o = options(distill, '--method', 'semigroup', '--diagonal', diagonal, '--boundary', boundary,
-                '--parts', 1, kind='flow map')
-    stage = distill.FlowMap(student, teacher, o)
-    times = stage.times(8, generator())
+    given = torch.where(torch.rand(8, 6) < 0.3, tokens, -1)
+    times = objective.times(8, generator())
     s, t, kind, _ = times
 
-    loss, seen = stage(tokens, given, times, generator(1))
+    loss, seen = objective(tokens, given, times, generator(1))
 
-    h = student.corrupt(tokens, given, s, generator(1))
+    h = student.q_sample(tokens, given, s, generator(1))
     nats = torch.zeros(8)
     for i in range(8):
         row = (h[i:i + 1], given[i:i + 1], s[i:i + 1])
         if kind[i] == 0:
-            target = teacher.predict(*row).softmax(-1)
+            target = objective.teacher.predict(*row).softmax(-1)
         else:
-            target = distill.semigroup_target(student, teacher, *row, t[i:i + 1], o)
+            target = objective.targets([*row, t[i:i + 1], kind])
         log_p = student.predict(*row, t[i:i + 1]).log_softmax(-1)
         nats[i] = -(target * log_p).sum(-1)[given[i:i + 1] < 0].mean()
+    want = train_teacher.sum_and_count(nats, kind, 3)
     assert torch.allclose(loss, nats.mean(), atol=1e-5)
-    for i, name in enumerate(('diagonal', 'all_the_way', 'between')):
-        assert torch.allclose(seen[name][0], nats[kind == i].sum(), atol=1e-4)
-        assert seen[name][1] == (kind == i).sum()
+    assert torch.allclose(seen['kinds'], want, atol=1e-4)
 
 
-def test_lessons_are_kept_as_they_were_and_no_more_than_asked_for():
-    """Targets of other jumps, or a store that grows until memory is full."""
-    lessons = distill.Lessons(5)
-    for i in range(4):
-        jumps = torch.arange(2 * i, 2 * i + 2)
-        lessons.add([jumps, jumps[:, None] * torch.ones(3)])
-
-    number, row = lessons.draw(1000, generator())
-
-    assert set(number.tolist()) == {0, 1, 2, 3, 4}
-    assert torch.equal(row, number[:, None] * torch.ones(3))
+# -----------------------------------------------------------------------------
+# Cached targets
 
 
-@torch.no_grad()
-def test_what_the_teacher_has_answered_is_learnt_again():
-    """A teacher that is asked for ever, or targets that are not those of their jumps."""
-    student = tiny(two_time=True)
-    teacher = tiny(seed=1)
+@pytest.mark.parametrize('iters, asked', [(10, 4), (12, 4), (None, 12)])
+def test_what_the_teacher_answered_is_learned_again(iters, asked):
+    """A teacher that is asked in every iteration, or targets of other jumps than their own."""
+    objective = flow_map('--reuse', 3, '--rollout', 2, '--diagonal', 0.25)
+    rollout = objective.target
+    rows = []
+    objective.target = lambda *words: rows.append(len(words[2])) or rollout(*words)
     tokens = torch.randint(8, (8, 6))
-    o = options(distill, '--lessons', 10, '--rollout', 2, '--parts', 1, '--diagonal', 0.25,
-                kind='flow map')
-    stage = distill.FlowMap(student, teacher, o)
-    asked = []
-    rollout = stage.target
-    stage.target = lambda *words: asked.append(len(words[2])) or rollout(*words)
 
-    for it in range(5):
-        h, given, s, t, kind, target = stage.examples(
-            tokens, nothing_given(8), stage.times(8, generator(it)), generator(it))
+    for it in range(12):
+        objective.before(it, iters, None, None)
+        times = objective.times(8, generator(it))
+        h, given, s, t, kind, ids, p = objective.examples(
+            tokens, nothing_given(8), times, generator(it))
 
-    # 6 jumps in a batch: after two batches all ten are kept
-    assert asked == [6, 6]
-    jumps = kind > 0
-    again = rollout(student, teacher, h[jumps], given[jumps], s[jumps], t[jumps], o)
-    assert torch.allclose(target[jumps], again, atol=1e-3)
+    # in ceil(iters / reuse) iterations, for 6 jumps among 8 rows
+    assert rows == [6] * asked
+    assert [len(x) for x in objective.caches[0].kept] == [6 * asked] * 7
+    want = rollout(objective.student, objective.teacher, h, given, s, t, objective.o)
+    found = torch.zeros(8, 6, 12).scatter(2, ids.long(), p.float())
+    assert torch.allclose(found[kind > 0], want[kind > 0], atol=2e-3)
 
 
-def test_no_process_waits_for_the_lessons_of_another(monkeypatch):
-    """A run of two processes that goes on, and asks the teacher again for all that it ever did."""
-    lessons = [distill.Lessons(3) for _ in range(4)]
-    asked = []
-
-    def rows(tokens, given, times, rng):
-        part = times[0][0].item()
-        asked.append(part)
-        lessons[part].add([tokens])
-
-    part = torch.arange(8) % 4
-    monkeypatch.setattr(distill, 'batch_of', lambda *words: (part, part, [part]))
-    run = Namespace(rank=1, world=2, device=torch.device('cpu'))
-
-    distill.make_lessons_again(Namespace(lessons=lessons, examples=rows), 100,
-                               Namespace(parts=4, seed=0), run)
-
-    # two batches of two rows fill the three lessons of each part that is its own
-    assert asked == [1, 3, 1, 3]
+@pytest.fixture(scope='module')
+def many_tokens():
+    """A FlowMap of two rows of 50,257 tokens, of which one is the likeliest, and its targets."""
+    shape = dict(vocab=50_257, length=64, layers=1, width=8, channels=8)
+    student = tiny(**shape, calls=1)
+    teacher = tiny(**shape)
+    teacher.net.head.bias.data[50_000] += 20
+    objective = flow_map('--rollout', 1, '--diagonal', 0, student=student, teacher=teacher)
+    targets = []
+    student.predict = lambda *words: targets.append(words[-1]) or torch.zeros(2)
+    times = objective.times(2, generator())
+    objective(torch.zeros(2, 64).long(), nothing_given(2, 64), times, generator())
+    return objective, targets[0]
 
 
-@pytest.mark.parametrize(
-    'length, vocab, kept', [(21, 109, 9000), (64, 4096, 4096), (128, 50261, 0)])
-def test_as_many_lessons_are_kept_as_memory_holds(length, vocab, kept, capsys):
-    """A laptop that swaps, on a vocabulary of 50,257; or one that keeps a handful."""
-    o = options(distill, '--lessons', 9000, kind='flow map')
+def test_ids_of_a_large_vocabulary_survive_16_bits(many_tokens):
+    """Ids above 32,767 that come back from the cache as negative ones."""
+    _, (ids, p) = many_tokens
 
-    distill.fit_lessons(o, {'length': length, 'vocab': vocab}, 0)
-
-    assert o.lessons == kept
-    said = capsys.readouterr().out
-    assert said == '' if kept == 9000 else f'of 9,000 only {kept:,} are kept' in said
+    assert (ids[..., 0] == 50_000).all()
+    assert ids.min() >= 0
+    assert ids.max() < 50_257
+    assert (p[..., 0] > 0.9).all()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize('stagger', [0., 1.])
-@pytest.mark.parametrize('gamma', [.3, .8, 1.])
-def test_gamma_adds_as_much_noise_as_keeps_the_law(gamma, stagger):
-    """Noise added to what is noisy already: each call would see more than its time says."""
+def test_100_000_cached_targets_of_a_large_vocabulary_fit_into_1_gb(many_tokens):
+    """A cache that keeps all tokens' probabilities of each target, and memory that is full."""
+    objective, _ = many_tokens
+
+    row = sum(x[0].numel() * x.element_size() for x in objective.caches[0].kept)
+
+    assert 100_000 * row < 10 ** 9
+
+
+# -----------------------------------------------------------------------------
+# Sampling: gamma, stagger, and the times at which a network is called
+
+
+@pytest.mark.parametrize('stagger', [0.0, 1.0])
+@pytest.mark.parametrize('gamma', [0.3, 0.8, 1.0])
+@pytest.mark.parametrize('tau', [0.1, 0.5, 0.9])
+def test_gamma_adds_as_much_noise_as_the_time_says(gamma, stagger, tau):
+    """Noise on top of noise: each call would see more of it than its time says."""
     flow = tiny(stagger=stagger)
     given = nothing_given(1)
     zeros = torch.zeros(1, 6, 32)
-    for tau in torch.tensor([[.1], [.5], [.9]]):
-        landing = flow.gamma_landing(tau, gamma)
-        # what becomes of x_r = (1-r) eps + r token, of what is drawn anew, and of no noise at all
-        r = flow.token_t(landing, given)
-        t = flow.token_t(tau, given)
-        noise = flow.renoise((1 - r) * (zeros + 1), given, landing, tau, zeros)
-        token = flow.renoise(r * (zeros + 1), given, landing, tau, zeros)
-        fresh = flow.renoise(zeros, given, landing, tau, zeros + 1)
+    tau = torch.tensor([tau])
+    landing = flow.gamma_landing(tau, gamma)
+    r = flow.token_t(landing, given)
+    t = flow.token_t(tau, given)
 
-        assert torch.allclose(token, t.expand_as(token), atol=1e-4)
-        assert torch.allclose(noise ** 2 + fresh ** 2, ((1 - t) ** 2).expand_as(token), atol=1e-4)
-        if stagger == 0:
-            assert torch.allclose(fresh, gamma * (1 - t).expand_as(token), atol=1e-3)
+    # what becomes of x_r = (1-r) eps + r token, of fresh noise, and of no noise at all
+    noise = flow.renoise((1 - r) * (zeros + 1), given, landing, tau, zeros)
+    token = flow.renoise(r * (zeros + 1), given, landing, tau, zeros)
+    fresh = flow.renoise(zeros, given, landing, tau, zeros + 1)
+
+    assert torch.allclose(token, t.expand_as(token), atol=1e-4)
+    assert torch.allclose(noise ** 2 + fresh ** 2, ((1 - t) ** 2).expand_as(token), atol=1e-4)
+    if stagger == 0:
+        assert torch.allclose(fresh, gamma * (1 - t).expand_as(token), atol=1e-3)
 
 
-@torch.no_grad()
-def test_times_of_tokens_that_are_written_one_after_the_other():
-    """A prompt that is waited for, a token that never starts or ends; the paper's flow changed."""
+def test_times_of_staggered_tokens():
+    """A prompt that is waited for, a token that never starts or ends, or another flow at 0."""
     given = torch.tensor([[-1, -1, -1, -1, -1, -1], [3, 3, -1, -1, -1, 3], [3, 3, 3, 3, -1, 3]])
-    tau = torch.tensor([.5])
-    # halves of the row's time: the first token is written in the first one
-    assert torch.allclose(tiny(stagger=1.).token_tau(tau, given)[0], torch.linspace(1, 0, 6))
-    assert torch.allclose(tiny(stagger=1.).token_tau(tau, given)[1, 2:5], torch.tensor([1, .5, 0]))
+    tau = torch.tensor([0.5])
+
+    found = tiny(stagger=1.0).token_tau(tau, given)
+
+    # the first token is denoised in the first half of the row's time
+    assert torch.allclose(found[0], torch.linspace(1, 0, 6))
+    assert torch.allclose(found[1, 2:5], torch.tensor([1, 0.5, 0]))
     # alone it has the first one's time
-    assert tiny(stagger=1.).token_tau(tau, given)[2, 4] == 1
-    assert torch.equal(tiny().token_tau(tau, given), torch.full((3, 6), .5))
-    for stagger in (0., .3, 4.):
-        flow = tiny(stagger=stagger)
-        assert torch.equal(flow.token_tau(torch.zeros(1), given)[0], torch.zeros(6))
-        assert torch.allclose(flow.token_tau(torch.ones(1), given)[0], torch.ones(6))
+    assert found[2, 4] == 1
+    assert torch.equal(tiny().token_tau(tau, given), torch.full((3, 6), 0.5))
+    for end in (0.0, 1.0):
+        ends = tiny(stagger=0.3).token_tau(torch.tensor([end]), given)[0]
+        assert torch.allclose(ends, torch.full((6,), end))
 
 
-@torch.no_grad()
-def test_a_written_token_stays_and_a_waiting_one_too():
-    """A token that is moved before its time, or after it, where 1 - t is 0."""
-    flow = tiny(stagger=3.)
+def test_a_finished_token_stays_and_a_waiting_one_too():
+    """A token that moves before its time, or after it, where 1 - t is 0."""
+    flow = tiny(stagger=3.0)
     given = nothing_given(2)
     h = torch.randn(2, 6, 32)
-    p, first, last = torch.rand(3, 2, 6, 12).softmax(-1)
-    s = torch.tensor([.4])
-    t = torch.tensor([.6])
-    before = flow.token_tau(s, given)[0]    # 1, 1, .4, 0, 0, 0
-    now = flow.token_tau(t, given)[0]       # 1, 1, 1, .6, 0, 0
+    p, first, second = torch.rand(3, 2, 6, 12).softmax(-1)
+    s = torch.tensor([0.4])
+    t = torch.tensor([0.6])
+    before = flow.token_tau(s, given)[0]    # 1, 1, 0.4, 0, 0, 0
+    now = flow.token_tau(t, given)[0]       # 1, 1, 1, 0.6, 0, 0
 
     after = flow.jump(h, p, given, s, t)
+    both = distill.two_steps(flow, first, second, given, s, t, torch.ones(1))
 
     same = before == now
     assert same.tolist() == [True, True, False, False, True, True]
     assert torch.equal(after[:, same], h[:, same])
     assert torch.allclose(after[:, 2], (p @ flow.net.embed)[:, 2], atol=1e-5)
-    # of two legs: what the first one has written is the first one's, all else the last one's
-    both = distill.two_legs(flow, first, last, given, s, t, torch.ones(1))
+    # what the first sub-step finished is the first one's, the rest the second one's
     assert torch.equal(both[:, 2], first[:, 2])
-    assert torch.equal(both[:, 3:], last[:, 3:])
+    assert torch.equal(both[:, 3:], second[:, 3:])
 
 
-@pytest.mark.parametrize('more, taus, taus_to', [
-    ({}, (0, .25, .5, .75), None),
-    ({'two_time': True}, (0, .25, .5, .75), (.25, .5, .75, 1)),
-    ({'model': 'diffuseq'}, (0, .25, .5, .75), None),
-    ({'model': 'diffuseq', 'start': .5}, (.5, .625, .75, .875), None),
+@pytest.mark.parametrize('more, times', [
+    ({}, [[0], [0.25], [0.5], [0.75]]),
+    ({'calls': 1}, [[0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]),
+    ({'model': 'diffuseq'}, [[0], [0.25], [0.5], [0.75]]),
+    # from DiffuSeq's index 1490 on
+    ({'model': 'diffuseq', 'calls': 1}, [[0.2545], [0.440875], [0.62725], [0.813625]]),
 ])
-def test_times_that_a_sampler_shows_the_network(more, taus, taus_to):
+def test_times_at_which_a_sampler_calls_the_network(more, times):
     """A sampler that begins with pure noise at a time at which the network knows clean rows."""
     net = tiny(**more)
     seen = []
@@ -1423,13 +1399,73 @@ def test_times_that_a_sampler_shows_the_network(more, taus, taus_to):
 
     net.sample(nothing_given(2), 4, generator())
 
-    assert [inputs[2].item() for inputs in seen] == pytest.approx(taus)
-    if taus_to:
-        assert [inputs[3].item() for inputs in seen] == pytest.approx(taus_to)
+    found = [[tau.item() for tau in inputs[2:4] if tau is not None] for inputs in seen]
+    assert np.array(found) == pytest.approx(np.array(times))
 
 
 # -----------------------------------------------------------------------------
 # The loss over a vocabulary
+
+
+def dense_cross_entropy(y, weight, bias, cap, target, weights):
+    """What model.cross_entropy is to compute, by autograd over all V tokens at once."""
+    z = y @ weight.T + bias
+    if cap:
+        z = cap * torch.tanh(z / cap)
+    log_q = z.log_softmax(-1)
+    if isinstance(target, tuple):
+        ids, p = target
+        log_q = log_q.gather(-1, ids)
+        # all other tokens are one
+        log_q = torch.cat([log_q, (1 - log_q.exp().sum(-1, keepdim=True)).log()], -1)
+        target = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+    return (-(target * log_q).sum(-1) * weights).sum(1)
+
+
+def likeliest(p, k):
+    p, ids = p.topk(k)
+    return ids, p
+
+
+def loss_of_a_gpu(y, ids, p, weights, weight, bias, cap):
+    """The loss over all logits at once in place of that in chunks."""
+    log_q = models.capped_logits(y, weight, bias, cap).log_softmax(-1)
+    return weights * models.sparse_cross_entropy(log_q, ids, p)
+
+
+# 16,384 tokens are computed in chunks of at most 64 positions
+@pytest.mark.parametrize('form, cap, V, L', [
+    ('ids', 0.0, 7, 4), ('ids', 3.0, 7, 4), ('dense', 0.0, 7, 4), ('dense', 3.0, 7, 4),
+    ('top-k', 0.0, 7, 4), ('top-k', 3.0, 7, 4), ('all', 3.0, 7, 4),
+    ('ids', 3.0, 2 ** 14, 32), ('top-k', 0.0, 2 ** 14, 33), ('top-k', 3.0, 2 ** 14, 75)])
+@pytest.mark.parametrize('row_weights', [(1.0, 1.0), (0.3, -2.0)])
+@pytest.mark.parametrize('gpu', [False, True])
+def test_cross_entropy_against_brute_force(monkeypatch, form, cap, V, L, row_weights, gpu):
+    """A gradient of another loss, a cap without slope, or positions lost at a chunk's end."""
+    if gpu:
+        monkeypatch.setattr(models, 'ChunkedCrossEntropy', Namespace(apply=loss_of_a_gpu))
+    sizes = ((2, L, 3), (V, 3), (V,))
+    inputs = [torch.randn(size, dtype=DOUBLE, requires_grad=True) for size in sizes]
+    p = (3 * torch.randn(2, L, V, dtype=DOUBLE)).softmax(-1)
+    weights = torch.rand(2, L, dtype=DOUBLE)
+    row_weights = torch.tensor(row_weights, dtype=DOUBLE)
+    best = p.argmax(-1)
+    if form == 'ids':
+        target, want = best, torch.nn.functional.one_hot(best, V).double()
+    elif form == 'top-k':
+        target = want = likeliest(p, 2)
+    else:
+        # of all tokens nothing is left for the rest
+        target, want = likeliest(p, V) if form == 'all' else p, p
+
+    losses = []
+    for function, goal in ((models.cross_entropy, target), (dense_cross_entropy, want)):
+        loss = (row_weights * function(*inputs, cap, goal, weights)).mean()
+        losses.append([loss, *torch.autograd.grad(loss, inputs)])
+
+    # all logits at once are in fp32
+    exact = form in ('ids', 'top-k') and not gpu
+    assert all_close(*losses, atol=1e-9 if exact else 1e-4)
 
 
 def rows_with_a_prompt():
@@ -1437,13 +1473,7 @@ def rows_with_a_prompt():
     tokens = torch.tensor([[1, 2, 3, 0], [4, 4, 0, 1]])
     given = nothing_given(2, 4)
     given[0, :2] = tokens[0, :2]
-    return tokens, given, torch.tensor([.3, .8])
-
-
-def nats_by_hand(logits, tokens, given):
-    """Mean over the positions not given of -log p: (B,)."""
-    nats = -logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
-    return torch.stack([row[known < 0].mean() for row, known in zip(nats, given)])
+    return tokens, given, torch.tensor([0.3, 0.8])
 
 
 def test_loss_of_a_flow_against_brute_force():
@@ -1453,60 +1483,28 @@ def test_loss_of_a_flow_against_brute_force():
 
     loss = flow.loss(tokens, given, tau, generator())
 
-    h = flow.corrupt(tokens, given, tau, generator())
-    want = nats_by_hand(flow.predict(h, given, tau), tokens, given)
-    assert torch.allclose(loss, want, atol=1e-5)
+    h = flow.q_sample(tokens, given, tau, generator())
+    nats = cross_entropy(flow.predict(h, given, tau).mT, tokens, reduction='none')
+    assert torch.allclose(loss, torch.stack([nats[0, 2:].mean(), nats[1].mean()]), atol=1e-5)
 
 
-def with_gradient(loss, net):
-    """A loss (B,) and what its mean gives to all weights but those of the input's embedding."""
-    weights = [p for name, p in net.net.named_parameters() if name != 'embed']
-    return [loss, *torch.autograd.grad(loss.mean(), weights)]
+@pytest.mark.parametrize('more', [
+    {'channels': 4, 'hidden_input': True}, {'calls': 1}, {'network': 'paper', 'calls': 1},
+    {'model': 'diffuseq'}, {'model': 'mdlm'}, {'model': 'ar'}])
+def test_a_compiled_network_has_the_same_loss_and_gradient(monkeypatch, more):
+    """A network that cannot be traced as one graph, seen first on a GPU; or other values there."""
+    tau = torch.tensor([0.2, 0.5, 0.9])
+    found = []
+    for compiled in (False, True):
+        net = tiny(layers=1, **more)
+        if compiled:
+            monkeypatch.setattr(models, 'ChunkedCrossEntropy', Namespace(apply=loss_of_a_gpu))
+            net.net.compile(backend='eager', dynamic=False, fullgraph=True)
+        loss = net.loss(torch.arange(18).view(3, 6) % 8, nothing_given(3), tau, generator())
+        loss.mean().backward()
+        found.append([loss, *[p.grad for p in net.parameters() if p.grad is not None]])
 
-
-def all_close(found, want):
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, want, strict=True))
-
-
-@pytest.mark.parametrize('size, compiled', [(3, False), (4, False), (100, False), (3, True)])
-def test_loss_and_its_gradient_in_chunks(monkeypatch, size, compiled):
-    """Positions lost at the end of a chunk; what a compiler makes of it; a cap without slope."""
-    flow = tiny(vocab=5, length=4)
-    tokens, given, tau = rows_with_a_prompt()
-    h = flow.corrupt(tokens, given, tau, generator()).detach()
-    want = with_gradient(nats_by_hand(flow.predict(h, given, tau), tokens, given), flow)
-    # 8 positions: the last of three chunks is filled up by one
-    monkeypatch.setattr(models, 'positions_at_once', lambda device, vocab: size)
-
-    if compiled:
-        models.compile_net(flow.net, backend='aot_eager')
-    for target in (tokens, torch.eye(5)[tokens]):
-        found = flow.predict(h, given, tau, target=target)
-        assert all_close(with_gradient(found, flow), want)
-
-
-def test_an_odd_vocabulary_is_filled_up_in_bf16():
-    """A token that does not exist and is likely; gradients of weights that do not exist."""
-    flow = tiny(vocab=5, length=4)
-    tokens, given, tau = rows_with_a_prompt()
-    h = torch.randn(2, 4, 32)
-    p = torch.rand(2, 4, 5).softmax(-1)
-
-    def all_of_it():
-        factor = flow.noise_factor(8)
-        nats = flow.predict(h, given, tau, target=tokens)
-        logits = flow.predict(h, given, tau)
-        jumped = flow.jump(h, p, given, tau, torch.ones(2))
-        return factor, [factor.T @ factor, logits, jumped, *with_gradient(nats, flow)]
-
-    _, want = all_of_it()
-    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
-        factor, found = all_of_it()
-
-    assert factor.shape == (8, 32)
-    for a, b in zip(found, want, strict=True):
-        assert a.shape == b.shape
-        assert (a - b).norm() < 0.03 * b.norm() + 1e-3
+    assert all_close(*found)
 
 
 def test_rounded_weights_write_the_same(monkeypatch):
@@ -1515,7 +1513,7 @@ def test_rounded_weights_write_the_same(monkeypatch):
         return torch.autocast('cpu', torch.bfloat16, cache_enabled=False)
 
     monkeypatch.setattr(models, 'autocast', in_bf16)
-    flow = tiny(two_time=True)
+    flow = tiny(calls=1, channels=8)
     given = nothing_given(64)
     want, _ = models.write_rows(flow, given, 3, seed=1)
 
@@ -1527,233 +1525,158 @@ def test_rounded_weights_write_the_same(monkeypatch):
     assert len(found.unique(dim=0)) > 30
 
 
-def test_loss_of_probabilities_and_its_gradient():
-    """A target of probabilities taken for its argmax."""
-    flow = tiny(vocab=5, length=4)
-    tokens, given, tau = rows_with_a_prompt()
-    h = flow.corrupt(tokens, given, tau, generator()).detach()
-    target = torch.randn(2, 4, 5).softmax(-1)
-
-    found = flow.predict(h, given, tau, target=target)
-
-    nats = -(target * flow.predict(h, given, tau).log_softmax(-1)).sum(-1)
-    want = torch.stack([nats[0, 2:].mean(), nats[1].mean()])
-    assert all_close(with_gradient(found, flow), with_gradient(want, flow))
-
-
-def test_rows_that_do_not_count_alike_are_refused():
-    """Gradients taken in the forward pass, used for another loss than they are of."""
-    flow = tiny(vocab=5, length=4)
-    tokens, given, tau = rows_with_a_prompt()
-
-    losses = flow.loss(tokens, given, tau, generator())
-
-    with pytest.raises(RuntimeError):
-        losses[0].backward()
-
-
 # -----------------------------------------------------------------------------
-# Students, averages, optimisers
+# Students, averages, optimizers
 
 
-@torch.no_grad()
-def test_fresh_flow_map_is_its_teacher_whatever_time_it_is_told():
+def student_of(kind, teacher, *words):
+    """A new student in eval mode."""
+    o = options(distill, kind, *words)
+    config = distill.METHODS[kind].student_config(teacher.config, o)
+    return distill.build_student(teacher, config).eval()
+
+
+def frozen(net):
+    return {name for name, p in net.named_parameters() if not p.requires_grad}
+
+
+def test_a_new_flow_map_is_its_teacher_whatever_time_it_jumps_to():
     """A student that begins somewhere else than its teacher."""
-    teacher = tiny()
-    o = options(distill, kind='flow map')
-
-    student = distill.build_student(teacher, None, o).eval()
-
-    h = torch.randn(3, 6, 32)
+    teacher = tiny(channels=8)
+    h = torch.randn(3, 6, 8)
     given = nothing_given(3)
-    s = torch.tensor([0., .4, .9])
+    s = torch.tensor([0.0, 0.4, 0.9])
+
+    student = student_of('flow map', teacher)
+
     for t in (s, torch.ones(3)):
         assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
-    assert [name for name, p in student.named_parameters() if not p.requires_grad] == ['net.embed']
-    assert student.config.noise_values == o.noise_values == 6
+    assert frozen(student) == {'net.embed'}
+    assert student.config == replace(teacher.config, calls=1, noise_levels=6)
 
 
 @torch.no_grad()
-def test_fresh_generator_is_its_teacher_at_a_later_start():
-    """A generator that begins at another noise level than the one it is told."""
+def test_a_new_generator_is_its_teacher_at_a_later_start():
+    """A generator whose noise is that of another time than the one it is conditioned on."""
     teacher = tiny(model='diffuseq')
-    o = options(distill, '--no-row-noise', kind='score')
+    given = nothing_given(2000)
 
-    student = distill.build_student(teacher, None, o).eval()
-    x_t = student.begin(nothing_given(2000))
+    student = student_of('score', teacher, '--no-shared-noise')
 
-    time = torch.full((2000,), 1 - 1491 / 2000)
-    want = teacher.predict(x_t, nothing_given(2000), time)
-    assert torch.equal(student.generate(x_t, nothing_given(2000)), want)
+    x_t = student.initial_noise(given)
+    want = teacher.predict(x_t, given, torch.full((2000,), 1 - 1491 / 2000))
+    assert torch.equal(student.generate(x_t, given), want)
     # b of b/a = 2.5
-    assert abs(x_t.std() - 2.5 / (1 + 2.5 ** 2) ** .5) < .005
-    frozen = [name for name, p in student.named_parameters() if not p.requires_grad]
-    assert sorted(frozen) == ['bias', 'net.embed']
+    assert abs(x_t.std() - 2.5 / (1 + 2.5 ** 2) ** 0.5) < 0.005
+    assert frozen(student) == {'bias', 'net.embed'}
 
 
-@torch.no_grad()
-def test_fresh_refined_student_is_its_guide():
-    """A copy that begins as the teacher, so that what the guide learnt is lost."""
-    guide = tiny(seed=1, model='diffuseq', start=.25)
-    teacher = tiny(model='diffuseq')
-
-    student = distill.build_student(teacher, guide, options(distill, kind='refine')).eval()
-
-    rows = student.sample(nothing_given(50), 1, generator())
-    assert torch.equal(rows, guide.sample(nothing_given(50), 1, generator()))
-    assert student.config == guide.config
-
-
-def one_update(net, ema, optimiser, it=0, **more):
-    """train_teacher.update with gradients of 1 everywhere -> its norm."""
+def one_update(net, ema, *optimizers, it=0, factor=1.0, clip=0.0):
+    """train_teacher.update with gradients of 1 everywhere: their norm."""
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    o = Namespace(**{**dict(clip=0., warmup=0, decay=0., iters=10 ** 9, ema=.999), **more})
-    return train_teacher.update(net, ema, [optimiser], it, o)
+    return train_teacher.update(net, ema, optimizers, it, factor, Namespace(clip=clip, ema=0.999))
 
 
-@pytest.mark.parametrize('it, kept', [(0, 1 / 10), (1, 2 / 11), (90, 91 / 100), (10 ** 6, .999)])
-def test_average_forgets_its_start(it, kept):
+@pytest.mark.parametrize('it, kept', [(0, 1 / 10), (1, 2 / 11), (90, 91 / 100), (10 ** 6, 0.999)])
+def test_the_average_forgets_its_start(it, kept):
     """An average without a ramp, a third of which is the random start."""
     net = tiny()
     ema = tiny(seed=1)
     want = kept * ema.net.embed + (1 - kept) * net.net.embed
 
-    one_update(net, ema, torch.optim.SGD(net.parameters(), lr=0.), it)
+    one_update(net, ema, torch.optim.SGD(net.parameters(), lr=0.0), it=it)
 
     assert torch.allclose(ema.net.embed, want, atol=1e-6)
 
 
-@pytest.mark.parametrize('clip', [0., 1.])
-def test_gradients_are_clipped_and_their_norm_is_told(clip):
-    """Clipping that does nothing, or that cannot be turned off."""
-    net = tiny()
-    before = net.net.embed.detach().clone()
-    size = sum(p.numel() for p in net.parameters()) ** .5
-
-    norm = one_update(net, tiny(), torch.optim.SGD(net.parameters(), lr=1.), clip=clip)
-
-    step = before - net.net.embed
-    assert abs(norm - size) < 1e-3 * size
-    assert torch.allclose(step, torch.full_like(step, 1 / size if clip else 1), rtol=1e-3)
-    assert all(p.grad is None for p in net.parameters())
-
-
-@pytest.mark.parametrize('it, factor', [
-    (0, .1), (4, .5), (9, 1.), (10, 1.), (69, 1.), (70, 1.), (85, .5), (99, 1 / 30)])
-def test_learning_rate_rises_stays_and_falls(it, factor):
-    """A rate that is 0 in the first iteration, or that ends too early."""
-    o = Namespace(warmup=10, decay=.3, iters=100)
-
-    assert train_teacher.learning_rate_factor(it, o) == pytest.approx(factor)
-
-
-def test_learning_rate_reaches_every_optimiser():
-    """Warm-up of one optimiser out of two."""
+@pytest.mark.parametrize('clip', [0.0, 1.0])
+def test_gradients_are_clipped_and_rates_reach_every_optimizer(clip):
+    """Clipping without effect or without an end, or warm-up of one optimizer out of two."""
     net = tiny()
     weights = list(net.parameters())
-    first = torch.optim.SGD(weights[:3], lr=1.)
-    other = torch.optim.SGD(weights[3:], lr=.5)
-    o = Namespace(clip=0., warmup=4, decay=0., iters=100, ema=.999)
-    for p in weights:
-        p.grad = torch.ones_like(p)
+    before = [weights[0].detach().clone(), weights[-1].detach().clone()]
+    size = sum(p.numel() for p in weights) ** 0.5
+    optimizers = [torch.optim.SGD(weights[:3], lr=1.0), torch.optim.SGD(weights[3:], lr=0.5)]
 
-    train_teacher.update(net, tiny(), [first, other], 0, o)
+    norm = one_update(net, tiny(), *optimizers, factor=0.25, clip=clip)
 
-    assert first.param_groups[0]['lr'] == .25
-    assert other.param_groups[0]['lr'] == .125
+    scale = 1 / size if clip else 1
+    assert norm == pytest.approx(size, rel=1e-3)
+    for old, new, lr in zip(before, (weights[0], weights[-1]), (0.25, 0.125)):
+        assert torch.allclose(old - new, torch.full_like(old, lr * scale), rtol=1e-3, atol=1e-6)
+    assert all(p.grad is None for p in weights)
+
+
+@pytest.mark.parametrize('iters, it, factor', [
+    (100, 0, 0.1), (100, 4, 0.5), (100, 9, 1), (100, 69, 1), (100, 70, 1), (100, 85, 0.5),
+    (100, 99, 1 / 30), (None, 4, 0.5), (None, 10 ** 6, 1)])
+def test_the_learning_rate_rises_stays_and_falls(iters, it, factor):
+    """A rate that is 0 in the first iteration, or that falls before the end is known."""
+    o = Namespace(warmup=10, decay=0.3)
+
+    assert train_teacher.learning_rate_factor(it, iters, o) == pytest.approx(factor)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch 2.9 is the first with it')
 def test_muon_is_torchs_muon(monkeypatch):
-    """Other momentum, scale or coefficients; shapes mixed up where matrices go together."""
+    """Other momentum, scale or coefficients, or shapes mixed up where matrices go together."""
     shapes = [(8, 24), (24, 8), (16, 16), (24, 8), (8, 24), (24, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     # theirs computes in bf16
     monkeypatch.setattr(torch.Tensor, 'bfloat16', lambda x: x.clone())
-    optimisers = [train_teacher.Muon(ours, lr=.02),
-                  torch.optim.Muon(theirs, lr=.02, weight_decay=0., momentum=.95)]
+    optimizers = [train_teacher.Muon(ours, lr=0.02),
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0, momentum=0.95)]
 
     for _ in range(4):
         for mine, other in zip(ours, theirs):
-            mine.grad = torch.randn_like(mine)
+            mine.grad = 10.0 ** len(mine) * torch.randn_like(mine)
             other.grad = mine.grad.clone()
-        for optimiser in optimisers:
-            optimiser.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     assert all_close(ours, theirs)
 
 
-@pytest.mark.parametrize('rows, cols', [(8, 24), (24, 8), (16, 16)])
-def test_orthogonalised_matrices_are_nearly_orthogonal(rows, cols):
-    """Singular values far from 1, or one matrix's norm used for another."""
-    sizes = torch.tensor([1e-3, 1., 1e3])[:, None, None]
-    x = sizes * torch.linalg.qr(torch.randn(3, 24, 24)).Q[:, :rows, :cols]
-
-    y = train_teacher.orthogonalise(x)
-
-    values = torch.linalg.svdvals(y)
-    assert y.shape == x.shape
-    assert values.min() > .6
-    assert values.max() < 1.3
-
-
-@pytest.mark.parametrize('optimiser', ['muon', 'adamw'])
-def test_every_weight_that_trains_has_one_optimiser(optimiser):
-    """Weights that nobody trains, or that two optimisers pull at; a frozen embedding that moves."""
-    net = tiny()
+@pytest.mark.parametrize('more', [{}, {'network': 'paper'}])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_every_weight_that_trains_has_one_optimizer(optimizer, more):
+    """Weights that nobody trains or that two optimizers do, or a frozen embedding that moves."""
+    net = tiny(**more)
     net.net.embed.requires_grad_(False)
-    o = options(train_teacher, '--optimiser', optimiser)
+    o = options(train_teacher, 'flm', '--optimizer', optimizer)
 
-    optimisers = train_teacher.make_optimisers(net, o)
+    optimizers = train_teacher.make_optimizers(net, o)
 
     names = {p: name for name, p in net.named_parameters()}
-    groups = []
-    for each in optimisers:
-        groups.append([names[p] for p in each.param_groups[0]['params']])
-    trained = [name for name in names.values() if name != 'net.embed']
-    assert sorted(sum(groups, [])) == sorted(trained)
-    if optimiser == 'muon':
-        inside = ('qkv.weight', 'out.weight', 'up.weight', 'down.weight')
-        blocks = [name for name in trained if 'blocks' in name and name.endswith(inside)]
-        assert sorted(groups[1]) == sorted(blocks)
-        assert len(blocks) == 8
-    else:
-        assert len(groups) == 1
+    groups = [[names[p] for p in each.param_groups[0]['params']] for each in optimizers]
+    assert sorted(sum(groups, [])) == sorted(set(names.values()) - {'net.embed'})
+    matrices = [f'net.blocks.{i}.{name}.weight' for i in (0, 1)
+                for name in ('qkv', 'out', 'up', 'down')]
+    assert groups[1:] == ([matrices] if optimizer == 'muon' else [])
 
 
 # -----------------------------------------------------------------------------
 # Tokens from probabilities, and the baselines
 
 
-def test_draw_is_as_frequent_as_its_probabilities():
-    """Tokens drawn by another law, or the neighbour of each."""
-    p = torch.tensor([.5, .2, 0., .25, .05, 0., 0.])
+def test_tokens_are_drawn_as_often_as_their_probabilities_say(monkeypatch):
+    """Tokens of another distribution, or <bos>, where rounding takes the sum to its end."""
+    p = torch.tensor([0.5, 0.2, 0.0, 0.25, 0.05, 0.0, 0.0])
 
     tokens = models.draw(p.expand(1000, 200, 7), generator())
+    monkeypatch.setattr(torch, 'rand', lambda shape, **how: torch.ones(shape))
+    last = models.draw(models.mask_specials(torch.randn(4, 5, 300)).softmax(-1))
 
-    share = torch.bincount(tokens.flatten(), minlength=7) / tokens.numel()
-    assert (share - p).abs().max() < .005
-    assert share[2] == 0
-    assert torch.equal(tokens, models.draw(p.expand(1000, 200, 7), generator()))
-    assert not torch.equal(tokens, models.draw(p.expand(1000, 200, 7), generator(1)))
-
-
-@pytest.mark.parametrize('u', [0., 1.])
-def test_draw_never_gives_the_last_two_ids(monkeypatch, u):
-    """<bos> in a text once in a million tokens, where rounding takes the sum to its end."""
-    p = models.without_specials(torch.randn(4, 5, 300)).softmax(-1)
-    monkeypatch.setattr(torch, 'rand', lambda shape, **how: torch.full(shape, u))
-
-    tokens = models.draw(p)
-
-    assert tokens.max() < 298
+    fraction = torch.bincount(tokens.flatten(), minlength=7) / tokens.numel()
+    assert (fraction - p).abs().max() < 0.005
+    assert fraction[2] == 0
+    assert last.max() < 298
 
 
-@torch.no_grad()
-def test_autoregression_is_the_chain_rule():
-    """A loss that is shifted by one, or sees the token it predicts."""
+def test_an_autoregressive_loss_is_the_chain_rule():
+    """A loss that is shifted by one, or that sees the token it predicts."""
     net = tiny(model='ar', channels=4)
     tokens = torch.randint(8, (3, 6))
     # <bos> is the first
@@ -1765,23 +1688,7 @@ def test_autoregression_is_the_chain_rule():
     assert torch.allclose(loss, nats, atol=1e-5)
 
 
-@torch.no_grad()
-def test_autoregression_sees_no_later_token():
-    """A model that reads its answer."""
-    net = tiny(model='ar')
-    row = torch.randint(8, (3, 6))
-    other = row.clone()
-    other[:, 4:] = (row[:, 4:] + 1) % 8
-
-    a = net.predict(row)
-    b = net.predict(other)
-
-    assert torch.allclose(a[:, :4], b[:, :4], atol=1e-6)
-    assert not torch.allclose(a[:, 4:], b[:, 4:], atol=1e-3)
-
-
-@torch.no_grad()
-def test_autoregressions_cache_is_exact():
+def test_the_cache_of_keys_and_values_is_exact():
     """Keys of another position, or of another row."""
     net = tiny(model='ar', channels=4)
     before = torch.randint(8, (3, 6))
@@ -1793,62 +1700,31 @@ def test_autoregressions_cache_is_exact():
 
 
 @torch.no_grad()
-def test_autoregression_samples_by_its_own_probabilities():
+def test_an_autoregressive_model_samples_by_its_own_probabilities():
     """Tokens that are written by the logits of another position."""
     net = tiny(vocab=7, length=2, model='ar')
     net.net.head.weight.mul_(5)
 
     rows = net.sample(nothing_given(40_000, 2), rng=generator())
 
-    p = models.without_specials(net.predict(torch.tensor([[6]] * 2))).softmax(-1)[0, 0]
+    p = models.mask_specials(net.predict(torch.tensor([[6]]))).softmax(-1)[0, 0]
     first = torch.bincount(rows[:, 0], minlength=7) / 40_000
-    assert (first - p).abs().max() < .01
-    after = rows[rows[:, 0] == 1, 1]
-    p = models.without_specials(net.predict(torch.tensor([[6, 1]]))).softmax(-1)[0, 1]
-    assert (torch.bincount(after, minlength=7) / len(after) - p).abs().max() < .03
+    assert (first - p).abs().max() < 0.01
+    second = rows[rows[:, 0] == 1, 1]
+    p = models.mask_specials(net.predict(torch.tensor([[6, 1]]))).softmax(-1)[0, 1]
+    assert (torch.bincount(second, minlength=7) / len(second) - p).abs().max() < 0.03
 
 
-def without_choice(net):
-    """A model for which all tokens are equally likely."""
-    net.net.head.requires_grad_(False)
-    net.net.head.weight.zero_()
-    net.net.head.bias.zero_()
-    return net
-
-
-def test_masked_diffusion_weighs_what_is_masked():
-    """Nats divided by the number of masks: a bound that is too good by their share."""
-    net = without_choice(tiny(model='mdlm'))
-    tokens = torch.randint(8, (4000, 6))
-    given = torch.where(torch.arange(6) < 2, tokens, -1)
-
-    for t in (.2, .7):
-        loss = net.loss(tokens, given, torch.full((4000,), t)).mean()
-        assert abs(loss - math.log(12)) < .1
-
-
-def test_masked_diffusion_writes_everything():
-    """Masks that are left, or ids that are never written."""
-    net = without_choice(tiny(model='mdlm'))
-    tokens = torch.randint(8, (4000, 6))
-    given = torch.where(torch.arange(6) < 2, tokens, -1)
-
-    rows, _ = models.write_rows(net, given, 3, seed=0)
-
-    written = rows[:, 2:].flatten()
-    assert (torch.bincount(written, minlength=12)[:10] / 16000 - .1).abs().max() < .02
-
-
-def exact_twins(seen, target=None, share=None):
-    """What a masked diffusion says of two positions that are both 0 or both 1, equally likely."""
+def exact_twins(seen, target=None, weights=None):
+    """What an mdlm predicts of two positions that are both 0 or both 1, equally likely."""
     p = torch.zeros(*seen.shape, 5)
     other = seen.flip(1)
     for token in (0, 1):
-        p[..., token] = torch.where(other < 0, .5, (other == token).float())
+        p[..., token] = torch.where(other < 0, 0.5, (other == token).float())
     if target is None:
         return p.log()
     nats = -p.gather(2, target[..., None])[..., 0].log()
-    return (nats * share).sum(1)
+    return (nats * weights).sum(1)
 
 
 def test_masked_diffusion_on_an_exact_toy():
@@ -1860,12 +1736,12 @@ def test_masked_diffusion_on_an_exact_toy():
 
     loss = net.loss(tokens, nothing_given(100_000, 2), t, generator()).mean()
 
-    assert abs(loss - math.log(2) / 2) < .01
+    assert abs(loss - math.log(2) / 2) < 0.01
 
 
 @pytest.mark.parametrize('nfe', [1, 2, 8])
 def test_masked_sampler_on_an_exact_toy(nfe):
-    """More masks written by a call than its share."""
+    """A call that unmasks more than its fraction."""
     net = tiny(vocab=5, length=2, model='mdlm')
     net.predict = exact_twins
 
@@ -1873,100 +1749,103 @@ def test_masked_sampler_on_an_exact_toy(nfe):
 
     # both are written by the same call with 1/nfe, and then agree by chance
     differ = (rows[:, 0] != rows[:, 1]).float().mean()
-    assert abs(differ - 1 / nfe / 2) < .01
+    assert abs(differ - 1 / nfe / 2) < 0.01
 
 
 # -----------------------------------------------------------------------------
 # SDTT: a masked diffusion's student
 
-def masked_distillation(**o):
-    """The stage, of twins, at its first iteration."""
+
+def masked_distillation(net, *words, iters, it=0):
+    """The objective at an iteration."""
+    o = options(distill, 'masked', *words)
+    objective = distill.MaskedDistillation(net, net, None, o)
+    objective.before(it, iters, net, None)
+    return objective
+
+
+@pytest.mark.parametrize('t, final_calls', [(0.0, 1), (0.5, 2)])
+def test_target_of_masked_distillation_is_what_two_steps_predict(t, final_calls):
+    """A prediction from before the other position was decided, or of a token already written."""
     net = tiny(vocab=5, length=2, model='mdlm')
-    stage = distill.MaskedDistillation(net, net, Namespace(**o))
-    stage.start_round(0, net)
-    stage.teacher.predict = exact_twins
-    return stage
-
-
-@pytest.mark.parametrize('t, fewest', [(0., 1), (.5, 2)])
-def test_target_of_masked_distillation_is_what_two_steps_guess(t, fewest):
-    """A guess taken before what the other position has decided, or after a token is written."""
-    stage = masked_distillation(rounds=1, fewest=fewest, iters=1)
+    objective = masked_distillation(net, '--rounds', 1, '--final-calls', final_calls, iters=1)
+    objective.teacher.predict = exact_twins
     times = torch.full((40_000, 1), t)
 
-    target = stage.two_steps(nothing_given(40_000, 2), times, generator())
+    target = objective.two_ancestral_steps(nothing_given(40_000, 2), times, generator())
 
     # by two steps all is written, half of it by the first: one of two by each in half of the rows,
     # and then the second knows for certain
-    sure = target.amax(-1) == 1
-    assert abs(sure.any(1).float().mean() - .5) < .01
-    assert not sure.all(1).any()
-    assert ((target[~sure] - torch.tensor([.5, .5, 0, 0, 0])).abs() < 1e-6).all()
-    assert (target.mean((0, 1)) - torch.tensor([.5, .5, 0, 0, 0])).abs().max() < .01
+    half = torch.tensor([0.5, 0.5, 0, 0, 0])
+    certain = target.amax(-1) == 1
+    assert abs(certain.any(1).float().mean() - 0.5) < 0.01
+    assert not certain.all(1).any()
+    assert ((target[~certain] - half).abs() < 1e-6).all()
+    assert (target.mean((0, 1)) - half).abs().max() < 0.01
 
 
 def test_rounds_of_masked_distillation():
     """Steps that do not double, or a teacher that is never replaced."""
     net = tiny(model='mdlm')
-    stage = distill.MaskedDistillation(net, tiny(model='mdlm'),
-                                       Namespace(rounds=3, fewest=2, iters=10))
-    before = stage.teacher.net.head.weight.clone()
+    objective = masked_distillation(net, '--rounds', 3, '--final-calls', 2, iters=10)
+    before = objective.teacher.net.head.weight.clone()
     steps = []
     replaced = []
 
     for it in range(10):
-        stage.start_round(it, net)
-        steps.append(stage.step)
-        replaced.append(not stage.teacher.net.head.weight.equal(before))
-        before = stage.teacher.net.head.weight.clone()
-        with torch.no_grad():
-            net.net.head.weight.add_(1)
+        objective.before(it, 10, net, None)
+        steps.append(objective.step)
+        if not objective.teacher.net.head.weight.equal(before):
+            replaced.append(it)
+        before = objective.teacher.net.head.weight.clone()
+        net.net.head.weight.data.add_(1)
 
     assert steps == [1 / 16] * 4 + [1 / 8] * 4 + [1 / 4] * 2
-    assert [it for it in range(10) if replaced[it]] == [4, 8]
+    assert replaced == [4, 8]
 
 
+@torch.no_grad()
 def test_masked_distillation_counts_what_is_masked():
     """A mean over positions that the student sees."""
-    net = without_choice(tiny(model='mdlm'))
-    stage = distill.MaskedDistillation(net, net, Namespace(rounds=1, fewest=1, iters=1))
-    stage.start_round(0, net)
+    net = tiny(model='mdlm')
+    objective = masked_distillation(net, '--rounds', 1, '--final-calls', 1, iters=1)
+    # all tokens are equally likely
+    net.net.head.weight.zero_()
+    net.net.head.bias.zero_()
     tokens = torch.randint(8, (4000, 6))
     given = torch.where(torch.arange(6) < 5, tokens, -1)
 
-    loss, _ = stage(tokens, given, [torch.full((4000,), .7)], generator())
+    loss, _ = objective(tokens, given, [torch.full((4000,), 0.7)], generator())
 
-    # all is equally likely, in the three rows of ten whose last position is masked
-    assert abs(loss - .3 * math.log(12)) < .1
+    # in the three rows of ten whose last position is masked
+    assert abs(loss - 0.3 * math.log(12)) < 0.1
 
 
 # -----------------------------------------------------------------------------
 # What all models promise
 
-WAYS = [
-    ('flm', {}, {'gamma': 0.}),
-    ('flm', {}, {'gamma': .7}),
-    ('flm', {}, {'gamma': 1.}),
-    ('flm', {}, {'temperature': 2.}),
-    ('flm', {'two_time': True}, {}),
-    ('flm', {'two_time': True}, {'gamma': .7}),
-    ('flm', {'channels': 4}, {}),
+@pytest.mark.parametrize('kind, more, how', [
+    ('flm', {}, {}),
+    ('flm', {}, {'gamma': 0.7}),
+    ('flm', {}, {'gamma': 1.0}),
+    ('flm', {}, {'temperature': 2.0}),
+    ('flm', {'calls': 1}, {}),
+    ('flm', {'calls': 1}, {'gamma': 0.7}),
+    ('flm', {'calls': 1, 'network': 'paper'}, {'gamma': 0.8}),
+    ('flm', {'channels': 4, 'stagger': 2.0}, {}),
     ('mdlm', {}, {}),
-    ('mdlm', {}, {'temperature': 2.}),
+    ('mdlm', {}, {'temperature': 2.0}),
     ('ar', {}, {}),
-    ('ar', {}, {'temperature': 2.}),
+    ('ar', {}, {'temperature': 2.0}),
+    ('diffuseq', {}, {}),
     ('diffuseq', {}, {'method': 'ddim'}),
-    ('diffuseq', {}, {'method': 'ancestral'}),
-    ('diffuseq', {}, {'method': 'ancestral', 'clamp': True}),
+    ('diffuseq', {}, {'clamp': True}),
     ('diffuseq', {}, {'method': 'ddim', 'clamp': True}),
-    ('diffuseq', {'start': .25, 'row_noise': True}, {}),
-]
-
-
-@pytest.mark.parametrize('kind, more, how', WAYS)
+    ('diffuseq', {'calls': 1, 'shared_noise': True}, {}),
+])
 def test_given_tokens_come_back_and_special_ids_are_never_written(kind, more, how):
-    """A prompt that is overwritten; <sep> in a text; rows in another order."""
-    net = tiny(model=kind, **more)
+    """A prompt overwritten, <sep> in a text, rows in another order, or an option without effect."""
+    net = tiny(model=kind, layers=1, **more)
     # more rows than are written at a time
     tokens = torch.randint(8, (300, 6))
     given = torch.where(torch.rand(300, 6) < 0.3, tokens, -1)
@@ -1976,47 +1855,28 @@ def test_given_tokens_come_back_and_special_ids_are_never_written(kind, more, ho
     seen = []
 
     rows, _ = models.write_rows(net, given, 3, seed=0, on_call=lambda i, x: seen.append(i), **how)
+    plain, _ = models.write_rows(net, given, 3, seed=0)
 
     assert torch.equal(rows[given >= 0], tokens[given >= 0])
     assert rows.min() >= 0
     assert rows[given < 0].max() < 10
     assert seen == 2 * list(range(6 if kind == 'ar' else 3))
-
-
-@pytest.mark.parametrize('kind, how', [
-    ('flm', {'gamma': .7}),
-    ('flm', {'temperature': .1}),
-    ('mdlm', {'temperature': .1}),
-    ('ar', {'temperature': .1}),
-    ('diffuseq', {'method': 'ddim'}),
-    ('diffuseq', {'clamp': True}),
-])
-def test_every_option_of_a_sampler_changes_what_is_written(kind, how):
-    """An option that does nothing."""
-    net = tiny(model=kind)
-    net.net.head.weight.data.mul_(5)
-
-    plain, _ = models.write_rows(net, nothing_given(200), 4, seed=0)
-    again, _ = models.write_rows(net, nothing_given(200), 4, seed=0)
-    other, _ = models.write_rows(net, nothing_given(200), 4, seed=0, **how)
-
-    assert torch.equal(plain, again)
-    assert not torch.equal(plain, other)
+    assert torch.equal(rows, plain) == (how == {})
 
 
 @pytest.mark.parametrize('kind', ['mdlm', 'ar'])
 def test_low_temperature_leaves_fewer_tokens(kind):
-    """A temperature that is multiplied where it should divide."""
+    """A temperature that multiplies where it should divide."""
     net = tiny(model=kind)
     net.net.head.weight.data.mul_(3)
 
-    cold, _ = models.write_rows(net, nothing_given(500), 4, seed=0, temperature=.05)
-    hot, _ = models.write_rows(net, nothing_given(500), 4, seed=0, temperature=9.)
+    counts = []
+    for temperature in (0.05, 9.0):
+        rows, _ = models.write_rows(net, nothing_given(500), 4, seed=0, temperature=temperature)
+        counts.append(sum(torch.bincount(column).max() for column in rows.T))
 
-    def most_frequent(rows):
-        return torch.stack([torch.bincount(column).max() for column in rows.T]).float().mean()
-
-    assert most_frequent(cold) > 2 * most_frequent(hot)
+    # of the most frequent token at each position
+    assert counts[0] > 2 * counts[1]
 
 
 # -----------------------------------------------------------------------------
@@ -2033,20 +1893,21 @@ def diffuseq_loss_by_hand(net, tokens, given, t, seed):
     x_t = a * x + b * torch.randn(x.shape, generator=rng)
     known = (given >= 0)[..., None]
     x_t = torch.where(known, x if net.config.all_positions else embedded, x_t)
-    guess = net.predict(x_t, given, t)
+    prediction = net.predict(x_t, given, t)
     losses = []
     for i in range(len(tokens)):
-        counted = slice(None) if net.config.all_positions else given[i] < 0
-        written = given[i] < 0
-        error = (guess[i] - x[i]).square().mean(-1)[counted].mean()
+        generated = given[i] < 0
+        counted = slice(None) if net.config.all_positions else generated
+        error = (prediction[i] - x[i]).square().mean(-1)[counted].mean()
         rounding = cross_entropy(x[i] @ E.T + net.bias, tokens[i])
-        anchor = cross_entropy((guess[i] @ E.T + net.bias)[written], tokens[i, written])
+        logits = (prediction[i] @ E.T + net.bias)[generated]
+        anchor = cross_entropy(logits, tokens[i, generated])
         losses.append(error + rounding + net.config.anchor * anchor)
     return torch.stack(losses)
 
 
 @pytest.mark.parametrize('more', [
-    {}, {'all_positions': True}, {'anchor': .1}, {'all_positions': True, 'anchor': .5}])
+    {}, {'all_positions': True}, {'anchor': 0.1}, {'all_positions': True, 'anchor': 0.5}])
 def test_loss_of_diffuseq_against_brute_force(more):
     """Terms over the wrong positions, or embeddings without the gradient that keeps them apart."""
     net = tiny(vocab=5, length=4, model='diffuseq', **more)
@@ -2057,20 +1918,8 @@ def test_loss_of_diffuseq_against_brute_force(more):
     want = diffuseq_loss_by_hand(net, tokens, given, t, seed=3)
     weights = list(net.parameters())
     assert torch.allclose(found, want, atol=1e-5)
-    found_slopes = torch.autograd.grad(found.mean(), weights)
-    assert all_close(found_slopes, torch.autograd.grad(want.mean(), weights))
-
-
-def test_all_positions_counts_the_source():
-    """An option that does nothing."""
-    tokens, given, t = rows_with_a_prompt()
-    nets = [tiny(vocab=5, length=4, model='diffuseq', all_positions=x) for x in (False, True)]
-
-    ours, papers = [net.loss(tokens, given, t, generator(3)) for net in nets]
-
-    # only the first row has a source
-    assert abs(ours[0] - papers[0]) > 1e-3
-    assert torch.allclose(ours[1], papers[1])
+    gradients = torch.autograd.grad(found.mean(), weights)
+    assert all_close(gradients, torch.autograd.grad(want.mean(), weights))
 
 
 @pytest.mark.parametrize('step', [
@@ -2078,7 +1927,7 @@ def test_all_positions_counts_the_source():
     lambda x_s, x, s, t: models.ancestral_step(x_s, x, s, t, torch.randn_like(x_s)),
 ])
 def test_strided_samplers_reach_the_modes_of_an_exact_teacher(step):
-    """The noise level of a neighbouring index where the stride's is needed."""
+    """The noise level of a neighboring index where the stride's is needed."""
     x_t = torch.randn(2000)
 
     for s, t in torch.linspace(0, 1, 501).unfold(0, 2, 1):
@@ -2088,35 +1937,25 @@ def test_strided_samplers_reach_the_modes_of_an_exact_teacher(step):
         x_t = step(x_t, x, s, t)
 
     assert (x.abs() > 0.95).float().mean() >= 0.95
-    assert abs((x > 0).float().mean() - .5) < .05
+    assert abs((x > 0).float().mean() - 0.5) < 0.05
 
 
-def test_ddim_steps_keep_the_noise_of_a_row():
-    """Noise levels of two times mixed, which many small steps hide."""
-    s = torch.tensor(.3)
-    t = torch.tensor(.6)
+def test_steps_keep_the_distribution_of_x_t():
+    """Noise levels of two times mixed, or fresh noise for another stride than the step's."""
+    s = torch.tensor(0.3)
+    t = torch.tensor(0.6)
     a_s, b_s = models.noise_level(s)
     a_t, b_t = models.noise_level(t)
-    x, noise = torch.randn(2, 99)
+    x = torch.full((400_000,), 2.0)
+    noise, fresh = torch.randn(2, 400_000)
+    x_s = a_s * x + b_s * noise
 
-    x_t = models.ddim_step(a_s * x + b_s * noise, x, s, t)
+    ancestral = models.ancestral_step(x_s, x, s, t, fresh)
 
-    assert torch.allclose(x_t, a_t * x + b_t * noise, atol=1e-5)
-
-
-def test_ancestral_steps_keep_the_law_of_x_t():
-    """Too little or too much fresh noise for the stride."""
-    s = torch.tensor(.3)
-    t = torch.tensor(.6)
-    a_s, b_s = models.noise_level(s)
-    a_t, b_t = models.noise_level(t)
-    x = torch.full((400_000,), 2.)
-    x_s = a_s * x + b_s * torch.randn(400_000)
-
-    x_t = models.ancestral_step(x_s, x, s, t, torch.randn(400_000))
-
-    assert abs(x_t.mean() - 2 * a_t) < .005
-    assert abs(x_t.std() - b_t) < .005
+    assert abs(ancestral.mean() - 2 * a_t) < 0.005
+    assert abs(ancestral.std() - b_t) < 0.005
+    # ddim keeps the noise itself
+    assert torch.allclose(models.ddim_step(x_s, x, s, t), a_t * x + b_t * noise, atol=1e-5)
 
 
 @torch.no_grad()
@@ -2124,7 +1963,7 @@ def test_clamp_is_to_the_nearest_embedding():
     """The embedding with the largest product, which is a long one."""
     net = tiny(vocab=50, model='diffuseq')
     E = net.net.embed
-    E.mul_(torch.linspace(.2, 3, 50)[:, None])
+    E.mul_(torch.linspace(0.2, 3, 50)[:, None])
     x = torch.randn(4, 6, 32)
 
     found = net.nearest(x)
@@ -2133,395 +1972,319 @@ def test_clamp_is_to_the_nearest_embedding():
     assert torch.equal(found, E[distance.argmin(-1)])
 
 
-def test_row_noise_is_the_same_at_all_positions():
+def test_shared_noise_is_the_same_at_all_positions():
     """An option that does nothing."""
     given = nothing_given(4)
-    one, each = [tiny(model='diffuseq', start=.25, row_noise=x) for x in (True, False)]
+    shared, separate = [tiny(model='diffuseq', calls=1, shared_noise=x) for x in (True, False)]
 
-    assert one.begin(given).var(1).max() < 1e-9
-    assert one.begin(given).var(0).min() > 1e-3
-    assert each.begin(given).var(1).min() > 1e-3
+    assert shared.initial_noise(given).var(1).max() < 1e-9
+    assert shared.initial_noise(given).var(0).min() > 1e-3
+    assert separate.initial_noise(given).var(1).min() > 1e-3
 
 
 # -----------------------------------------------------------------------------
 # Score distillation
 
 
-def gaussian_gap():
-    """A student N(theta, .49) of data N(1, 1), one channel: theta, x, and both denoisers' guess."""
+def gaussian_toy():
+    """A student N(theta, 0.49) of data N(1, 1) in one channel: theta, x, and both predictions."""
     n, z = torch.randn(2, 400_000, 1, 1, dtype=DOUBLE)
-    a, b = .6, .8
-    theta = torch.tensor(-.5, dtype=DOUBLE, requires_grad=True)
-    x = theta + .7 * n
+    a, b = 0.6, 0.8
+    theta = torch.tensor(-0.5, dtype=DOUBLE, requires_grad=True)
+    x = theta + 0.7 * n
     x_t = a * x + b * z
 
-    def guess(mean, variance):
+    def prediction(mean, variance):
         # E[x | x_t] for x ~ N(mean, variance)
         return mean + a * variance / (a * a * variance + b * b) * (x_t - a * mean)
 
-    return theta, x, guess(1., 1.), guess(theta.detach(), .49)
+    return theta, x, prediction(1.0, 1.0), prediction(theta.detach(), 0.49)
 
 
-def slope(gap, theta):
-    return torch.autograd.grad(gap.mean(), theta, retain_graph=True)[0].item()
+def slope(loss, theta):
+    return torch.autograd.grad(loss.mean(), theta, retain_graph=True)[0].item()
 
 
 def test_sid_has_half_the_fisher_gradient_on_a_gaussian():
-    """A student driven elsewhere than to the data."""
-    theta, x, real, fake = gaussian_gap()
+    """A student driven elsewhere than to the data; away from it where x is detached."""
+    theta, x, teacher_x, fake_x = gaussian_toy()
 
-    found = slope(distill.sid_gap(x, real, fake, .5), theta)
+    found = slope(distill.sid_loss(x, teacher_x, fake_x, 0.5), theta)
 
-    # of E|real - fake|^2
-    fisher = -2 * (1 - theta.item()) * (1 - .36 / (.36 + .64)) ** 2
+    # of E|teacher_x - fake_x|^2
+    fisher = -2 * (1 - theta.item()) * (1 - 0.36 / (0.36 + 0.64)) ** 2
     assert abs(found - fisher / 2) < 0.01
+    assert slope(distill.sid_loss(x.detach(), teacher_x, fake_x, 0.5), theta) > 0
 
 
-def test_sid_needs_its_gradient_through_x():
-    """A detached x: the student would run away from the data."""
-    theta, x, real, fake = gaussian_gap()
+@pytest.mark.parametrize('alpha', [0.5, 1.0, 1.2])
+def test_value_of_sid(alpha):
+    """Alpha at the wrong term: the mean is (1 - alpha) of the squared gap."""
+    _, x, teacher_x, fake_x = gaussian_toy()
 
-    assert slope(distill.sid_gap(x.detach(), real, fake, .5), theta) > 0
+    found = distill.sid_loss(x, teacher_x, fake_x, alpha).mean()
+
+    assert abs(found - (1 - alpha) * (teacher_x - fake_x).square().mean()) < 0.01
 
 
 def test_dmd_drives_the_student_to_the_data():
-    """The sign of DMD's gradient; a gradient through the denoisers."""
-    theta, x, real, fake = gaussian_gap()
+    """The sign of DMD's gradient, or a gradient through the denoisers."""
+    theta, x, teacher_x, fake_x = gaussian_toy()
 
-    found = slope(distill.dmd_gap(x, real, fake), theta)
+    found = slope(distill.dmd_loss(x, teacher_x, fake_x), theta)
 
     assert found < 0
-    assert found == pytest.approx((fake - real).mean().item())
+    assert found == pytest.approx((fake_x - teacher_x).mean().item())
 
 
-@pytest.mark.parametrize('alpha', [.5, 1., 1.2])
-def test_value_of_sid(alpha):
-    """Alpha at the wrong term: the mean is (1 - alpha) of the squared gap."""
-    _, x, real, fake = gaussian_gap()
-
-    found = distill.sid_gap(x, real, fake, alpha).mean()
-
-    assert abs(found - (1 - alpha) * (real - fake).square().mean()) < .01
-
-
-def score_stage(*words):
-    """A student, its teacher and their score distillation, with rows to learn from."""
+def score_distillation(*words):
+    """The objective with its networks, and rows to learn from."""
     teacher = tiny(model='diffuseq').requires_grad_(False)
-    o = options(distill, '--parts', 1, '--lr', .003, *words, kind='score')
-    student = distill.build_student(teacher, None, o)
-    stage = distill.ScoreDistillation(student, teacher, o)
+    words = ('--lr', 0.003, *words)
+    student = student_of('score', teacher, *words)
+    o = options(distill, 'score', *words)
+    objective = distill.ScoreDistillation(student, teacher, None, o)
     tokens = torch.randint(8, (16, 6))
     given = torch.where(torch.arange(6) < 2, tokens, -1)
-    return student, teacher, stage, tokens, given
+    return objective, tokens, given
 
 
 def copy_of(net):
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize('words', [(), ('--adversarial', .1), ('--loss', 'dmd')])
-def test_who_moves_in_score_distillation(words):
-    """A teacher that learns from its student; a fake that is pulled along by the student's loss."""
-    student, teacher, stage, tokens, given = score_stage(*words)
-    old_teacher = copy_of(teacher)
-    old_fake = copy_of(stage.fake)
+@pytest.mark.parametrize('words', [(), ('--adversarial', 0.1), ('--loss', 'dmd')])
+def test_who_learns_in_score_distillation(words):
+    """A teacher that learns from its student, or a fake pulled along by the student's loss."""
+    objective, tokens, given = score_distillation(*words)
+    student = objective.student
+    teacher = copy_of(objective.teacher)
+    fake = copy_of(objective.fake)
 
-    loss, _ = stage(tokens, given, (), generator())
-    after_fake_step = copy_of(stage.fake)
-    student.zero_grad()
+    objective.update_fake(student.embedded(tokens), given, generator())
+    updated = copy_of(objective.fake)
+    loss, _ = objective.student_loss(student.embedded(tokens), given, generator())
     loss.backward(inputs=[p for p in student.parameters() if p.requires_grad])
 
-    assert all(torch.equal(p, old_teacher[name]) for name, p in copy_of(teacher).items())
-    kept = [name for name, p in old_fake.items() if torch.equal(p, after_fake_step[name])]
-    critic = ['critic.weight', 'critic.bias'] if '--adversarial' not in words else []
-    assert sorted(kept) == sorted(['model.net.embed', 'model.bias', *critic])
-    for name, p in student.named_parameters():
-        assert (p.grad is None) == (name in ('net.embed', 'bias')), name
+    for name, p in objective.teacher.named_parameters():
+        assert torch.equal(p, teacher[name])
+    for name, p in objective.fake.named_parameters():
+        assert torch.equal(p, updated[name])
+    kept = [name for name, p in fake.items() if torch.equal(p, updated[name])]
+    unused = [] if '--adversarial' in words else ['discriminator.bias', 'discriminator.weight']
+    assert sorted(kept) == sorted([*unused, 'model.bias', 'model.net.embed'])
+    idle = [name for name, p in student.named_parameters() if p.grad is None]
+    assert sorted(idle) == ['bias', 'net.embed']
     assert student.net.head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('words', [(), ('--adversarial', .1)])
-def test_score_distillation_is_the_same_compiled(words, monkeypatch):
-    """A fake that cannot be compiled, or whose critic sees nothing, on the first GPU."""
-    monkeypatch.setattr(train_teacher, 'compile_net',
-                        functools.partial(models.compile_net, backend='aot_eager'))
+def test_score_distillation_is_the_same_compiled(monkeypatch):
+    """A fake score network whose discriminator sees nothing, once it is compiled."""
+    compiler = functools.partial(torch.compile, backend='eager')
+    monkeypatch.setattr(torch, 'compile', compiler)
     found = []
     for compiled in (False, True):
-        student, teacher, stage, tokens, given = score_stage(*words)
-        networks = [student, None, teacher, *distill.others_of(stage).values()]
-        train_teacher.compile_on_gpu(Namespace(compile=compiled), torch.device('cuda'), networks)
+        objective, tokens, given = score_distillation('--adversarial', 0.1,
+                                                      '--fake-updates', 3)
+        networks = [objective.student, objective.teacher, *objective.modules().values()]
+        o = Namespace(compile=compiled)
+        train_teacher.compile_on_gpu(o, torch.device('cuda'), networks)
 
-        loss, seen = stage(tokens, given, (), generator())
-        trained = [p for p in student.parameters() if p.requires_grad]
+        loss, seen = objective(tokens, given, [], generator())
+        trained = [p for p in objective.student.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, trained)
-        found.append([loss, seen['fake_error'], *gradients, *stage.fake.parameters()])
+        found.append([loss, seen['fake_error'], *gradients, *objective.fake.parameters()])
+        steps = {state['step'].item() for state in objective.own_optimizers[0].state.values()}
+        assert steps == {3}
 
     assert all_close(*found)
 
 
-def test_fake_ratio_is_the_number_of_the_fakes_updates():
-    """An option that does nothing."""
-    _, _, stage, tokens, given = score_stage('--fake-ratio', 3)
-
-    stage(tokens, given, (), generator())
-
-    steps = [state['step'].item() for state in stage.fake_optimiser.state.values()]
-    assert set(steps) == {3}
-
-
-def critics_loss(stage, tokens, given):
-    """How badly the critic tells real rows from generated ones; 2 ln 2 by chance."""
-    student = stage.student
-    rng = generator(9)
+def test_the_discriminator_learns_to_tell_generated_rows():
+    """A discriminator that is never trained, or trained to take one for the other."""
+    objective, tokens, given = score_distillation('--adversarial', 0.1)
+    student = objective.student
     clean = student.embedded(tokens)
-    x = student.generate(student.begin(given, rng), given)
-    t = torch.full((len(tokens),), .8)
-    _, fake = stage.fake(student.corrupt(x, clean, given, t, rng), given, t)
-    _, real = stage.fake(student.corrupt(clean, clean, given, t, rng), given, t)
-    softplus = torch.nn.functional.softplus
-    return (softplus(-real) + softplus(fake)).mean().item()
+    x = student.generate(student.initial_noise(given), given).detach()
+    t = torch.full((16,), 0.8)
+
+    gaps = []
+    for _ in range(40):
+        _, real = objective.fake(student.q_sample(clean, clean, given, t), given, t)
+        _, fake = objective.fake(student.q_sample(x, clean, given, t), given, t)
+        gaps.append((real - fake).mean().item())
+        objective.update_fake(clean, given, generator())
+
+    assert gaps[-1] > gaps[0] + 0.5
 
 
 @torch.no_grad()
-def test_critic_learns_to_tell_generated_rows():
-    """A critic that is never trained, or to the contrary."""
-    _, _, stage, tokens, given = score_stage('--adversarial', .1)
-    clean = stage.student.embedded(tokens)
-    before = critics_loss(stage, tokens, given)
-
-    rng = generator()
-    with torch.enable_grad():
-        for _ in range(40):
-            stage.fake_step(clean, given, rng)
-
-    assert critics_loss(stage, tokens, given) < before - .3
-
-
-@torch.no_grad()
-def test_student_is_to_please_the_critic():
+def test_the_student_is_to_look_real():
     """The sign of the adversarial term, or a weight that does nothing."""
-    student, _, stage, tokens, given = score_stage('--adversarial', .5)
-    clean = student.embedded(tokens)
+    objective, tokens, given = score_distillation('--adversarial', 0.5)
+    clean = objective.student.embedded(tokens)
 
     losses = []
-    for weight, bias in ((0., 0.), (.5, -2.), (.5, 2.)):
-        stage.o.adversarial = weight
-        stage.fake.critic.weight.zero_()
-        stage.fake.critic.bias.fill_(bias)
-        losses.append(stage.student_loss(clean, given, generator())[0].item())
+    for weight, logit in ((0.0, 0.0), (0.5, -2.0), (0.5, 2.0)):
+        objective.o.adversarial = weight
+        objective.fake.discriminator.weight.zero_()
+        objective.fake.discriminator.bias.fill_(logit)
+        losses.append(objective.student_loss(clean, given, generator())[0].item())
 
-    # .5 softplus(-logit)
-    assert losses[1] - losses[0] == pytest.approx(.5 * math.log1p(math.exp(2)), abs=1e-4)
-    assert losses[2] - losses[0] == pytest.approx(.5 * math.log1p(math.exp(-2)), abs=1e-4)
+    # 0.5 softplus(-logit)
+    assert losses[1] - losses[0] == pytest.approx(0.5 * math.log1p(math.exp(2)), abs=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(0.5 * math.log1p(math.exp(-2)), abs=1e-4)
 
 
 # -----------------------------------------------------------------------------
 # Refining
 
 
-@torch.no_grad()
-def test_refining_learns_the_noise_whose_text_is_least_sure():
+def test_refining_learns_the_noise_whose_text_is_least_certain():
     """The easiest of several noises, on which nothing is left to learn."""
-    student = tiny(model='diffuseq', start=.25)
-    teacher = tiny(model='diffuseq', seed=1)
+    student = tiny(model='diffuseq', calls=1)
     given = nothing_given(20)
-    stage = distill.Refine(student, student, teacher, Namespace(noises=4))
+    o = options(distill, 'refine', '--candidates', 4)
+    objective = distill.Refinement(student, tiny(model='diffuseq', seed=1), student, o)
 
-    hardest = stage.hardest(given, generator())
+    found = objective.least_certain_noise(given, generator())
 
     rng = generator()
-    tries = torch.stack([student.begin(given, rng) for _ in range(4)])
-    sure = []
-    for h in tries:
-        log_p = student.rounding_logits(student.generate(h, given)).log_softmax(-1)
-        sure.append(log_p.amax(-1).mean(1))
-    want = tries[torch.stack(sure).argmin(0), torch.arange(20)]
-    assert torch.equal(hardest, want)
+    noises = torch.stack([student.initial_noise(given, rng) for _ in range(4)])
+    certainty = []
+    for x_t in noises:
+        log_p = student.rounding_logits(student.generate(x_t, given)).log_softmax(-1)
+        certainty.append(log_p.amax(-1).mean(1))
+    least = torch.stack(certainty).argmin(0)
+    assert torch.equal(found, noises[least, torch.arange(20)])
 
 
 # -----------------------------------------------------------------------------
 # Time pairs and batches
 
 
-def test_shares_of_time_pairs():
-    """Shares that depend on how a batch is cut: the method would change with the processes."""
-    s, t, kind = distill.time_pairs(512, .5, 1 / 32, generator())
-
-    assert torch.bincount(kind).tolist() == [256, 8, 248]
-    assert torch.equal(kind, kind.sort().values)
-    assert torch.equal(s[kind == 0], t[kind == 0])
-    assert s[kind == 1].tolist() == [0] * 8
-    assert t[kind == 1].tolist() == [1] * 8
-
-
 @pytest.mark.parametrize('n, diagonal, boundary, numbers', [
-    (4, .5, 1 / 32, [2, 1, 1]),
-    (8, .25, .5, [2, 3, 3]),
-    (8, .5, 0., [4, 0, 4]),
-    (8, 0., 1., [0, 8, 0]),
-    (8, 1., .5, [8, 0, 0]),
-    (1, 0., .1, [0, 1, 0]),
+    (512, 0.5, 1 / 32, [256, 8, 248]),
+    (4, 0.5, 1 / 32, [2, 1, 1]),
+    (8, 0.25, 0.5, [2, 3, 3]),
+    (8, 0.5, 0.0, [4, 0, 4]),
+    (8, 0.0, 1.0, [0, 8, 0]),
+    (8, 1.0, 0.5, [8, 0, 0]),
+    (1, 0.0, 0.1, [0, 1, 0]),
 ])
-def test_shares_of_few_time_pairs(n, diagonal, boundary, numbers):
-    """No row at (0, 1), the only jump that one call needs."""
-    _, _, kind = distill.time_pairs(n, diagonal, boundary, generator())
+def test_fractions_of_time_pairs(n, diagonal, boundary, numbers):
+    """No row at (0, 1), the only jump that one call needs, or rows of another kind than said."""
+    s, t, kind = distill.time_pairs(n, diagonal, boundary, generator())
 
     assert torch.bincount(kind, minlength=3).tolist() == numbers
+    assert torch.equal(kind, kind.sort().values)
+    assert torch.equal(s[kind == 0], t[kind == 0])
+    assert (s[kind == 1] == 0).all()
+    assert (t[kind == 1] == 1).all()
+    # those on the diagonal are stratified
+    strata = (s[kind == 0] * numbers[0]).long()
+    assert strata.sort().values.tolist() == list(range(numbers[0]))
 
 
-def test_law_of_time_pairs():
-    """Jumps of another law than the paper's: lengths uniform, then starts uniform."""
-    s, t, _ = distill.time_pairs(100_000, 0., 0., generator())
+def test_distribution_of_time_pairs():
+    """Jumps of another distribution than the paper's: lengths uniform, then starts uniform."""
+    s, t, _ = distill.time_pairs(100_000, 0.0, 0.0, generator())
 
     length = t - s
     start = s / (1 - length)
-    levels = torch.linspace(.1, .9, 9)
-    assert (length.quantile(levels) - levels).abs().max() < .01
-    assert (start.quantile(levels) - levels).abs().max() < .01
-    assert torch.corrcoef(torch.stack([length, start]))[0, 1].abs() < .02
+    levels = torch.linspace(0.1, 0.9, 9)
+    assert (length.quantile(levels) - levels).abs().max() < 0.01
+    assert (start.quantile(levels) - levels).abs().max() < 0.01
+    assert torch.corrcoef(torch.stack([length, start]))[0, 1].abs() < 0.02
     assert s.min() >= 0
     assert t.max() <= 1
 
 
-def test_diagonal_times_are_stratified():
-    """Times of the diagonal in clumps."""
-    s, _, kind = distill.time_pairs(64, .5, .1, generator())
-
-    stretch = (s[kind == 0] * 32).long()
-    assert sorted(stretch.tolist()) == list(range(32))
-
-
-class Recorder:
-    """A stage that takes note of the rows it is asked for, and learns nothing."""
+class Recorder(train_teacher.Objective):
+    """An objective that takes note of the rows it is asked for."""
 
     def __init__(self):
         self.kinds = []
         self.seeds = []
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def parameters(self):
-        return [self.weight]
-
     def __call__(self, tokens, given, times, rng):
         self.kinds.append(torch.bincount(times[2], minlength=3).tolist())
         self.seeds.append(rng.initial_seed())
-        return self.weight + tokens.float().mean(), {}
+        value = self.weight + tokens.float().mean()
+        return value, {'bins': train_teacher.sum_and_count(tokens[:, 0], tokens[:, 0] % 2, 2)}
 
 
 @pytest.mark.parametrize('parts', [1, 2, 4, 8])
-def test_parts_of_a_batch_see_all_kinds_of_jumps(parts):
-    """1/32 asked for, 1/4 given, as soon as a batch is computed in parts."""
+def test_micro_batches_see_all_kinds_of_rows_and_count_alike(parts):
+    """1/4 of rows at (0, 1) for 1/32, or the same noise, as soon as a batch is split."""
+    objective = Recorder()
+    means = train_teacher.Means()
     tokens = torch.arange(512)[:, None].expand(-1, 6)
-    times = distill.time_pairs(512, .5, 1 / 32, generator())
-    stage = Recorder()
-    means = distill.Means()
-    o = Namespace(parts=parts, seed=0)
-    alone = Namespace(rank=0, world=1)
+    batch = [tokens, tokens, distill.time_pairs(512, 0.5, 1 / 32, generator())]
+    run = Namespace(rank=0, world=1, micro_batches=parts, device=CPU)
 
-    distill.backward(stage, stage, (tokens, tokens, times), 0, o, alone, means)
+    for it in (0, 1):
+        train_teacher.backward(objective, [objective.weight], it, batch, run, Namespace(seed=0),
+                               means)
 
-    assert stage.kinds == [[256 // parts, 8 // parts, 248 // parts]] * parts
-    # a part counts as its share of the batch
-    assert stage.weight.grad == 1
-    # and has noise of its own
-    assert len(set(stage.seeds)) == parts
-    assert means.loss() == pytest.approx(255.5)
+    assert objective.kinds == [[256 // parts, 8 // parts, 248 // parts]] * 2 * parts
+    assert len(set(objective.seeds)) == 2 * parts
+    # the mean over the batch, twice
+    assert objective.weight.grad == 2
+    assert means.record() == {'loss': pytest.approx(255.5), 'bins': [255, 256]}
 
 
-def test_kept_means_go_on_where_the_run_does():
-    """Means that a checkpoint has kept on a CPU, and a run that goes on on a GPU."""
-    kept = {'loss': torch.tensor([3., 2.])}
+def test_means_of_a_checkpoint_go_on_where_the_run_does():
+    """Means that were saved on a CPU, and a run that continues on a GPU."""
+    kept = {'loss': torch.tensor([3.0, 2.0])}
 
-    means = distill.Means(kept, 'meta')
+    means = train_teacher.Means(kept, 'meta')
     means.add({'loss': torch.ones(2, device='meta')})
 
     assert means.sums['loss'].device.type == 'meta'
     assert kept['loss'].tolist() == [3, 2]
 
 
-@pytest.mark.parametrize('parts', [1, 4])
-def test_parts_of_a_teachers_batch_have_noise_of_their_own(parts):
-    """The same noise in every process and every iteration."""
-    weight = torch.nn.Parameter(torch.zeros(()))
-    seeds = []
-
-    def loss(tokens, given, tau, rng):
-        seeds.append(rng.initial_seed())
-        return weight + tau
-
-    tau = torch.arange(8) / 8
-    batch = [nothing_given(8), nothing_given(8), tau]
-    bins = train_teacher.TauBins(CPU)
-    o = Namespace(parts=parts, seed=0, batch=8)
-
-    for it in (0, 1):
-        train_teacher.backward(Namespace(loss=loss), batch, it, o, 0, 1, bins)
-
-    assert len(set(seeds)) == 2 * parts
-    # the mean over the batch, twice
-    assert weight.grad == 2
-    assert bins.record()['bins'] == pytest.approx(tau.tolist())
-
-
-def models_meta_of(kind='rows', pairs=False):
+def some_rows(n, kind='rows', pairs=False, fraction=0.0, ids=None):
+    """Tokens and given of rows of 8 that are cut from 0, 1, 2, ..."""
     special = {'<eos>': 996, '<pad>': 997, '<sep>': 998, '<bos>': 999}
-    return {'length': 8, 'kind': kind, 'pairs': pairs, 'special': special}
-
-
-def batch_of(n, kind='rows', pairs=False, share=0., seed=0, ids=None):
-    """tokens, given, tau of rows that are cut from 0, 1, 2, ..."""
+    meta = {'length': 8, 'kind': kind, 'pairs': pairs, 'special': special}
     ids = np.arange(800, dtype=np.uint16) if ids is None else ids
-    return train_teacher.get_batch(ids, models_meta_of(kind, pairs), n, share, generator(seed), CPU)
+    return train_teacher.get_batch(ids, meta, n, fraction, generator(), CPU)
 
 
-@pytest.mark.parametrize('kind, starts', [('rows', 8), ('stream', 1)])
-def test_batches_are_cut_where_rows_begin(kind, starts):
-    """Rows shifted against each other; the last row of the data never seen."""
-    tokens, _, _ = batch_of(5000, kind)
+@pytest.mark.parametrize('kind, stride', [('rows', 8), ('stream', 1)])
+def test_batches_are_cut_where_rows_begin(kind, stride):
+    """Rows shifted against each other, or the last row of the data never seen."""
+    tokens, _ = some_rows(5000, kind)
 
     assert torch.equal(tokens - tokens[:, :1], torch.arange(8).expand(5000, 8))
-    assert (tokens[:, 0] % starts == 0).all()
-    assert len(tokens[:, 0].unique()) > .9 * 800 / starts
+    assert (tokens[:, 0] % stride == 0).all()
+    assert len(tokens[:, 0].unique()) > 0.9 * 800 / stride
     assert tokens[:, 0].min() == 0
     assert tokens[:, 0].max() == 792
-    assert torch.equal(tokens, batch_of(5000, kind)[0])
+    assert torch.equal(tokens, some_rows(5000, kind)[0])
 
 
-def test_times_of_a_batch_are_stratified_in_every_part():
-    """A part of the batch that sees early times only."""
-    _, _, tau = batch_of(64)
-
-    assert sorted((tau * 64).long().tolist()) == list(range(64))
-    for part in range(4):
-        assert sorted((tau[part::4] * 16).long().tolist()) == list(range(16))
-    assert tau.min() >= 0
-    assert tau.max() < 1
-
-
-@pytest.mark.parametrize('share', [0., .1, 1.])
-def test_share_of_rows_with_given_tokens(share):
-    """Prompts in all rows, or in none; given tokens that are others than the row's."""
-    tokens, given, _ = batch_of(4000, share=share)
+@pytest.mark.parametrize('fraction', [0.0, 0.1, 1.0])
+def test_fraction_of_rows_with_given_tokens(fraction):
+    """Prompts in all rows or in none, or given tokens that are others than the row's."""
+    tokens, given = some_rows(4000, fraction=fraction)
 
     known = given >= 0
     assert torch.equal(given[known], tokens[known])
     assert (given[~known] == -1).all()
-    if share == 0:
+    if fraction == 0:
         assert not known.any()
         return
     # every eighth prefix, and some scattered sets, are empty
     rows = known.any(1)
-    assert .8 * share < rows.float().mean() <= share * 1.1
+    assert 0.8 * fraction < rows.float().mean() <= fraction * 1.1
     prefixes = known[rows].long().diff(dim=1).max(1).values <= 0
-    assert .4 < prefixes.float().mean() < .7
-    # where nothing is left to be written nothing is learnt
-    assert known.all(1).float().mean() < .06 * share
-
-
-def up_to_by_hand(row, end):
-    """The row up to its first `end`, then -1."""
-    n = row.index(end) + 1
-    return row[:n] + [-1] * (len(row) - n)
+    assert 0.4 < prefixes.float().mean() < 0.7
+    # where everything is given nothing is learned
+    assert known.all(1).float().mean() < 0.06 * fraction
 
 
 def test_sources_of_pairs_are_given():
@@ -2530,119 +2293,82 @@ def test_sources_of_pairs_are_given():
     row = np.array([5, 6, sep, 997, 7, sep, 8, 996])
     rows = np.stack([row, row[::-1], np.roll(row, 2)])
 
-    tokens, given, _ = batch_of(50, pairs=True, share=1., ids=rows.flatten().astype(np.uint16))
+    tokens, given = some_rows(50, pairs=True, fraction=1.0, ids=rows.flatten().astype(np.uint16))
 
-    want = [up_to_by_hand(x, sep) for x in tokens.tolist()]
-    assert given.tolist() == want
+    for row, source in zip(tokens.tolist(), given.tolist()):
+        n = row.index(sep) + 1
+        assert source == row[:n] + [-1] * (8 - n)
     assert len(given[:, 0].unique()) == 3
 
 
 # -----------------------------------------------------------------------------
 # Presets
 
-# the papers' own values, see arXiv:2602.16813, 2210.08933, 2404.04057, 2410.21035
+# the papers' own values: arXiv:2602.16813, 2210.08933, 2410.21035, 2404.04057
 FLM = dict(
-    layers=12, width=768, heads=12, channels=768, hidden_input=False, dropout=.1, gate=0.,
-    axis='paper', stagger=0., given=0., anchor=0., all_positions=False, optimiser='adamw',
-    lr=3e-4, beta2=.999, clip=1., warmup=2500, decay=0., ema=.9999, batch=512, iters=1_000_000)
+    layers=12, width=768, heads=12, channels=768, network='paper', hidden_input=False, dropout=0.1,
+    gate=0.0, reparam='paper', stagger=0.0, given=0.0, anchor=0.0, optimizer='adamw', lr=3e-4,
+    beta2=0.999, clip=1.0, warmup=2500, decay=0.0, ema=0.9999, batch=512, iters=1_000_000)
 DIFFUSEQ = {
-    **FLM, 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0, 'decay': 1.,
-    'batch': 2048, 'iters': 50_000}
+    **FLM, 'network': 'ours', 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0,
+    'decay': 1.0, 'batch': 2048, 'iters': 50_000}
 FMLM = dict(
-    method='semigroup', noise_values=0, diagonal=.5, boundary=1 / 32, given=0., dropout=.1,
-    optimiser='adamw', lr=3e-4, beta2=.95, clip=1., warmup=2500, decay=0., ema=.9999, batch=512,
-    iters=100_000)
+    method='semigroup', noise_levels=0, diagonal=0.5, boundary=1 / 32, given=0.0, dropout=0.1,
+    optimizer='adamw', lr=3e-4, beta2=0.95, clip=1.0, warmup=2500, decay=0.0, ema=0.9999,
+    batch=512, iters=100_000)
 SDTT = dict(
-    rounds=7, fewest=8, given=0., dropout=.1, optimiser='adamw', lr=6e-5, beta2=.999, warmup=500,
-    decay=0., ema=.9999, batch=128, iters=70_000)
+    rounds=7, final_calls=8, given=0.0, dropout=0.1, optimizer='adamw', lr=6e-5, beta2=0.999,
+    warmup=500, decay=0.0, ema=0.9999, batch=128, iters=70_000)
 SID = dict(
-    loss='sid', alpha=1., fake_ratio=1, adversarial=0., row_noise=False, lr=1e-5, clip=0.,
-    warmup=0, decay=0., ema=.9999)
+    loss='sid', alpha=1.0, fake_updates=1, adversarial=0.0, shared_noise=False, lr=1e-5, clip=0.0,
+    warmup=0, decay=0.0, ema=0.9999)
 
 
+@pytest.mark.parametrize('data', ['text', 'pairs', 'stories'])
 @pytest.mark.parametrize('script, kind, values', [
-    (train_teacher, 'flm', FLM),
-    (train_teacher, 'mdlm', FLM),
-    (train_teacher, 'ar', FLM),
-    (train_teacher, 'diffuseq', DIFFUSEQ),
-    (distill, 'flow map', FMLM),
-    (distill, 'score', SID),
-    (distill, 'masked', SDTT),
-])
-@pytest.mark.parametrize('words, device', [(('--preset', 'paper'), 'cpu'), ((), 'cuda')])
-def test_preset_of_the_papers(script, kind, values, words, device):
+    (train_teacher, 'flm', FLM), (train_teacher, 'mdlm', {**FLM, 'network': 'ours'}),
+    (train_teacher, 'ar', {**FLM, 'network': 'ours'}), (train_teacher, 'diffuseq', DIFFUSEQ),
+    (distill, 'flow map', FMLM), (distill, 'score', SID), (distill, 'masked', SDTT)])
+def test_preset_of_the_papers(script, kind, values, data):
     """"The paper's settings" that are not the paper's."""
-    o = options(script, *words, kind=kind, device=device)
+    settings = script.preset('paper', kind, data)
 
-    assert {name: getattr(o, name) for name in values} == values
-    assert o.preset == 'paper'
-
-
-@pytest.mark.parametrize('device', ['cpu', 'mps'])
-@pytest.mark.parametrize('script, kind', [(train_teacher, 'flm'), (distill, 'flow map')])
-def test_a_machine_without_cuda_gets_laptop_settings(script, kind, device):
-    """A laptop that trains the paper's model for years."""
-    o = options(script, kind=kind, device=device)
-
-    assert o.preset == 'laptop'
-    # minutes, not years
-    assert o.iters * o.batch < 200_000
+    assert {name: settings[name] for name in values} == values
 
 
-def test_learning_rates_of_the_papers():
-    """A rate that falls where the paper's stays, or the other way round."""
-    def factors(script, kind, its):
-        o = options(script, '--preset', 'paper', kind=kind)
-        return [train_teacher.learning_rate_factor(it, o) for it in its]
+@pytest.mark.parametrize('machine', ['laptop', 'gpu', 'paper'])
+@pytest.mark.parametrize('script, kind', [
+    *[(train_teacher, kind) for kind in ('flm', 'diffuseq', 'mdlm', 'ar')],
+    *[(distill, kind) for kind in ('flow map', 'score', 'refine', 'masked')]])
+def test_every_option_overrides_a_preset(script, kind, machine):
+    """A 0 or a no that counts as left out, or an option that no preset fills in."""
+    settings = script.preset(machine, kind, 'text')
 
-    assert factors(train_teacher, 'flm', [0, 1249, 2499, 999_999]) == [1 / 2500, .5, 1, 1]
-    assert factors(distill, 'flow map', [0, 1249, 2499, 99_999]) == [1 / 2500, .5, 1, 1]
-    assert factors(train_teacher, 'diffuseq', [0, 25_000, 49_999]) == [1, .5, 1 / 50_000]
-    assert factors(distill, 'score', [0, 49_999]) == [1, 1]
+    for name in settings:
+        o = script.parse([])
+        assert getattr(o, name) is None
+        setattr(o, name, 0)
+        train_teacher.fill_in(o, settings)
+        assert getattr(o, name) == 0
+        # one of them counts, and not what the preset says of the other
+        assert (o.iters is None) != (o.minutes is None)
 
-
-def words_for(name, value):
-    """The command line that sets an option to another value, and that value."""
-    flag = '--' + name.replace('_', '-')
-    other = {'optimiser': ('adamw', 'muon'), 'axis': ('paper', 'uniform'),
-             'method': ('eulerian', 'lagrangian'), 'loss': ('sid', 'dmd')}
-    if isinstance(value, bool):
-        return [flag.replace('--', '--no-') if value else flag], not value
-    if isinstance(value, str):
-        a, b = other[name]
-        return [flag, a if value == b else b], a if value == b else b
-    new = 7 if isinstance(value, int) else .625
-    return [flag, str(new)], new
+    empty = {name for name, value in vars(o).items() if value is None}
+    of_others = {name for name, kinds in script.ONLY_FOR.items() if kind not in kinds}
+    assert empty - of_others <= {'preset', 'iters', 'minutes'}
 
 
-@pytest.mark.parametrize('preset', ['laptop', 'paper'])
-@pytest.mark.parametrize('script, kinds', [
-    (train_teacher, ('flm', 'diffuseq', 'mdlm', 'ar')),
-    (distill, ('flow map', 'score', 'refine', 'masked'))])
-def test_every_option_overrides_a_preset(script, kinds, preset):
-    """A value given by hand that the preset puts aside, as if it were none (0, or no)."""
-    for kind in kinds:
-        for name, value in script.PRESETS[preset, kind].items():
-            words, want = words_for(name, value)
-            o = options(script, '--preset', preset, *words, kind=kind)
-            assert getattr(o, name) == want
-    # what is given as 0 is not what is left out
-    assert options(script, '--preset', preset, '--dropout', '0', kind=kinds[0]).dropout == 0
+@pytest.mark.parametrize('device, machine', [('cpu', 'laptop'), ('mps', 'laptop'), ('cuda', 'gpu')])
+@pytest.mark.parametrize('tokenizer, pairs, data', [
+    ('dates', True, 'pairs'), ('stories', False, 'stories'), ('byte', False, 'text')])
+def test_settings_follow_the_machine_and_the_data(device, machine, tokenizer, pairs, data):
+    """Settings of one grammar for real text, or years of training on a laptop, unasked."""
+    meta = {'tokenizer': {'name': tokenizer}, 'pairs': pairs}
 
-
-@pytest.mark.parametrize('script', [train_teacher, distill])
-def test_help_names_every_option_and_both_presets(script, capsys):
-    """An option that nobody can find."""
-    with pytest.raises(SystemExit) as end:
-        script.parse(['-h'])
-
-    text = ' '.join(capsys.readouterr().out.split())
-    assert end.value.code == 0
-    for name in vars(script.parse([])):
-        flag = '--no-compile' if name == 'compile' else name.replace('_', '-')
-        assert flag in text
-    for name, value in script.LAPTOP.items():
-        assert f'[laptop {value}, paper {script.PAPER[name]}]' in text
+    assert train_teacher.default_machine(torch.device(device)) == machine
+    assert train_teacher.kind_of_data(meta) == data
+    assert train_teacher.preset(machine, 'flm', data)['minutes'] <= 15
+    assert distill.preset(machine, 'flow map', data)['minutes'] <= 15
 
 
 # -----------------------------------------------------------------------------
@@ -2699,49 +2425,30 @@ def small(dozen):
     data = ('--data', dozen / 'data', *SMALL, '--iters', 2)
     few = ('--batch', 4, '--iters', 2)
     run_main(train_teacher, '--out', folder / 'flow/teacher', *data)
-    run_main(distill, folder / 'flow/teacher', *few)
+    run_main(distill, folder / 'flow/teacher', *few, '--rollout', 2)
     run_main(train_teacher, '--out', folder / 'another/teacher', *data, '--seed', 1)
     for kind in ('diffuseq', 'mdlm', 'ar'):
         run_main(train_teacher, '--model', kind, '--out', folder / kind / 'teacher', *data)
-    run_main(distill, folder / 'diffuseq/teacher', *few)
+    for kind in ('diffuseq', 'mdlm'):
+        run_main(distill, folder / kind / 'teacher', *few)
+    run_main(distill, folder / 'diffuseq/teacher', *few, '--reference',
+             folder / 'diffuseq/student')
     return folder
 
 
+def commands(dozen, small):
+    """A command of each script, by its name."""
+    return {'teacher': (train_teacher, '--data', dozen / 'data', *SMALL),
+            'student': (distill, small / 'flow/teacher', '--batch', 4, '--rollout', 2)}
+
+
+BOTH = pytest.mark.parametrize('name', ['teacher', 'student'])
+
+
 def tensors(folder):
-    """All that a checkpoint holds, as bytes: weights, average, optimisers, counts."""
+    """All that a checkpoint holds, as bytes: weights, average, optimizers, counts."""
     with zipfile.ZipFile(folder / 'model.pt') as z:
         return [z.read(name) for name in z.namelist() if '/data/' in name]
-
-
-def files_in(folder):
-    """What is on the disk: every file's bytes by its name."""
-    return {str(path): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
-
-
-def valid_share(folder, path):
-    """How many of 480 texts, written in one call, are right."""
-    meta, train, _ = prepare_data.load_dataset(folder / 'data')
-    rows = torch.from_numpy(prepare_data.as_rows(train, 23)).repeat(40, 1)
-    known = train_teacher.up_to(rows, meta, '<sep>')
-    net, _ = models.load(folder / path)
-    written, _ = models.write_rows(net, known, 1, seed=0)
-    return prepare_data.sanity_metrics(written, meta)['valid']
-
-
-def test_overfit_a_dozen_rows_in_one_call(dozen):
-    """Anything at all that keeps a teacher or a student from learning."""
-    often = ('--batch', 32, '--eval-every', 10 ** 6)
-    fast = ('--lr', 4e-3, '--muon-lr', .03)
-
-    run_main(train_teacher, '--data', dozen / 'data', '--out', dozen / 'teacher', '--iters', 300,
-        '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2, '--axis', 'paper',
-        '--stagger', 0, *often)
-    run_main(distill, dozen / 'teacher', '--iters', 350, '--rollout', 4, *fast, *often)
-
-    # 0.71 and 0.98 in trials
-    before = valid_share(dozen, 'teacher')
-    after = valid_share(dozen, 'student')
-    assert after >= max(0.95, before + 0.2), (before, after)
 
 
 def records(folder):
@@ -2750,112 +2457,166 @@ def records(folder):
     return [re.sub('"seconds": .*?,', '', line) for line in lines]
 
 
-def stop_at_24(monkeypatch, script):
-    """Let a run get SIGTERM in its iteration 49; returns the list of calls of update."""
-    calls = []
-    update = script.update
+def files_in(folder):
+    """What is on the disk: every file, its size, and when it was written."""
+    files = [(path, path.stat()) for path in folder.rglob('*') if path.is_file()]
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files}
 
-    def stopping(*args):
-        if len(calls) == 24:
+
+def valid_fraction(folder, path):
+    """The fraction of 480 texts, written in one call, that are right."""
+    meta, train, _ = prepare_data.load_dataset(folder / 'data')
+    rows = torch.from_numpy(prepare_data.as_rows(train, 23)).repeat(40, 1)
+    given = train_teacher.up_to(rows, meta, '<sep>')
+    net, _ = models.load(folder / path)
+    written, _ = models.write_rows(net, given, 1, seed=0)
+    return prepare_data.sanity_metrics(written, meta)['valid']
+
+
+def test_overfit_a_dozen_rows_in_one_call(dozen):
+    """Anything at all that keeps a teacher or a student from learning."""
+    run_main(train_teacher, '--data', dozen / 'data', '--out', dozen / 'over/teacher',
+             '--iters', 150, '--layers', 2, '--heads', 4, '--width', 64, '--channels', 2,
+             '--reparam', 'paper', '--batch', 32, '--evals', 1)
+    run_main(distill, dozen / 'over/teacher', '--iters', 180, '--rollout', 4, '--lr', 4e-3,
+             '--muon-lr', 0.03, '--batch', 32, '--evals', 1)
+
+    before = valid_fraction(dozen, 'over/teacher')
+    after = valid_fraction(dozen, 'over/student')
+    assert after >= max(0.75, before + 0.2), (before, after)
+
+
+def test_a_model_of_the_papers_network_is_trained_and_distilled(dozen, tmp_path):
+    """The paper's preset that ends in a checkpoint which nothing can load."""
+    few = ('--preset', 'paper', '--batch', 4, '--iters', 2, '--evals', 1)
+    run_main(train_teacher, '--data', dozen / 'data', '--out', tmp_path / 'teacher', *few,
+             '--layers', 1, '--width', 64, '--channels', 64, '--heads', 2)
+    run_main(distill, tmp_path / 'teacher', *few)
+
+    student, ckpt = models.load(tmp_path / 'student')
+
+    # more channels than tokens
+    assert (student.config.network, student.config.vocab) == ('paper', 48)
+    assert (ckpt['options']['method'], student.config.noise_levels) == ('semigroup', 0)
+
+
+def stop_at_20(monkeypatch):
+    """Let a run get SIGTERM in its 20th iteration; returns a list that has all of them."""
+    seen = []
+    update = train_teacher.update
+
+    def stopping(*words):
+        if len(seen) == 19:
             os.kill(os.getpid(), signal.SIGTERM)
-        calls.append(1)
-        return update(*args)
+        seen.append(1)
+        return update(*words)
 
-    monkeypatch.setattr(script, 'update', stopping)
-    return calls
+    monkeypatch.setattr(train_teacher, 'update', stopping)
+    return seen
 
 
-# the first two are long enough for a record of a hundred iterations
-@pytest.mark.parametrize('script, iters, words', [
-    (train_teacher, 110, ('--data', 'data', *SMALL, '--dropout', .1)),
-    (distill, 110, ('small/flow/teacher', '--batch', 4, '--method', 'lagrangian')),
-    (train_teacher, 40, ('--data', 'data', *SMALL, '--model', 'diffuseq', '--dropout', .1)),
-    (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--adversarial', .1, '--dropout', .1)),
-    (distill, 40, ('small/diffuseq/teacher', '--batch', 4, '--guide', 'small/diffuseq/student')),
-    (distill, 40, ('small/mdlm/teacher', '--batch', 4, '--rounds', 3)),
+def pass_time(patch, update=1 / 64, targets=1 / 64):
+    """Let --minutes see a clock that each update and each call for targets moves by so much."""
+    now = [0.0]
+
+    def slow(function, seconds):
+        def passing(*words):
+            now[0] += seconds
+            return function(*words)
+
+        return passing
+
+    patch(train_teacher, 'update', slow(train_teacher.update, update))
+    patch(distill.FlowMap, 'targets', slow(distill.FlowMap.targets, targets))
+    for script in (train_teacher, distill):
+        patch(script, 'time', Namespace(perf_counter=lambda: now[0], time=time.time))
+
+
+# the first one is long enough for a record of a hundred iterations
+@pytest.mark.parametrize('script, words', [
+    (train_teacher, ('--data', 'data', *SMALL, '--dropout', 0.1, '--iters', 110)),
+    (distill, ('small/flow/teacher', '--iters', 24, '--method', 'lagrangian', '--dropout', 0.1)),
+    (distill, ('small/flow/teacher', '--iters', 24, '--rollout', 2, '--reuse', 2)),
+    (train_teacher,
+     ('--data', 'data', *SMALL, '--model', 'diffuseq', '--dropout', 0.1, '--iters', 24)),
+    (distill,
+     ('small/diffuseq/teacher', '--adversarial', 0.1, '--dropout', 0.1, '--iters', 24)),
+    (distill,
+     ('small/diffuseq/teacher', '--reference', 'small/diffuseq/student', '--iters', 24)),
+    (distill, ('small/mdlm/teacher', '--rounds', 3, '--iters', 24)),
+    (train_teacher, ('--data', 'data', *SMALL, '--minutes', 0.01)),
+    (distill, ('small/flow/teacher', '--rollout', 2, '--reuse', 5, '--minutes', 0.01)),
+    # fewer iterations are to make targets than it takes to know how many
+    (distill, ('small/flow/teacher', '--rollout', 2, '--reuse', 10, '--minutes', 0.01)),
 ])
-def test_stopped_and_resumed_is_never_stopped(dozen, small, tmp_path, monkeypatch, script, iters,
-                                              words):
-    """A resumed run that has lost its noise, a moment of its optimiser, or a record of its log."""
+def test_a_stopped_and_resumed_run_is_the_one_never_stopped(
+        dozen, small, tmp_path, monkeypatch, script, words):
+    """A stop, or a look at a run, that costs it its noise, its targets or an optimizer's state."""
     monkeypatch.chdir(dozen)
-    words = (*words, '--iters', iters, '--eval-every', 35)
-    run_main(script, '--out', tmp_path / 'a', *words)
-    calls = stop_at_24(monkeypatch, script)
+    pass_time(monkeypatch.setattr)
+    words = (*words, '--batch', 4)
+    run_main(script, '--out', tmp_path / 'a', '--evals', 1, *words)
+    seen = stop_at_20(monkeypatch)
 
-    run_main(script, '--out', tmp_path / 'b', *words)
+    run_main(script, '--out', tmp_path / 'b', '--evals', 2, *words)
     stopped_at = models.load(tmp_path / 'b')[1]['iter']
-    run_main(script, '--out', tmp_path / 'b', '--resume', *words)
+    run_main(script, '--out', tmp_path / 'b', '--evals', 2, '--resume', *words)
 
-    assert stopped_at == 25
-    assert len(calls) == iters
+    assert stopped_at == 20
+    assert len(seen) == models.load(tmp_path / 'a')[1]['iter']
     assert tensors(tmp_path / 'a') == tensors(tmp_path / 'b')
-    assert records(tmp_path / 'a') == records(tmp_path / 'b')
-    assert len(records(tmp_path / 'a')) > 1
+    losses = [[line for line in records(tmp_path / name) if '"loss"' in line] for name in 'ab']
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == len(seen) // 100
 
 
-def count_as_loss(monkeypatch, kind, name):
-    """Let a loss be 0, 1, 2, ... as often as it is called."""
-    calls = []
-    loss = getattr(kind, name)
-
-    def counting(*args):
-        found = loss(*args)
-        calls.append(1)
-        number = len(calls) - 1
-        if isinstance(found, tuple):
-            return found[0] * 0 + number, found[1]
-        return found * 0 + number
-
-    monkeypatch.setattr(kind, name, counting)
-
-
-@pytest.mark.parametrize('script, words, kind, name', [
-    (train_teacher, ('--data', 'data', *SMALL, '--axis', 'paper'), models.OneHotFlow, 'loss'),
-    (distill, ('small/flow/teacher', '--batch', 4), distill.FlowMap, '__call__'),
+@pytest.mark.parametrize('start, first, known, more', [
+    # 60 s; in the first 10 s 25 iterations, the last 20 of them in 5 s
+    (0, 4.0, 25, 188),
+    (1000, 4.0, 25, 188),
+    # the first iteration takes more than a fifth of the time, or more than all of it
+    (0, 13.0, 1, 3),
+    (0, 100.0, 1, 1),
 ])
-def test_log_has_the_mean_loss_since_the_last_record(
-        dozen, small, tmp_path, monkeypatch, script, words, kind, name):
-    """A loss that falls slower and slower, because it is the mean since the start."""
-    monkeypatch.chdir(dozen)
-    count_as_loss(monkeypatch, kind, name)
+def test_minutes_become_iterations(monkeypatch, start, first, known, more):
+    """Compiling counted as learning, or a run that is ten times as long as it was to be."""
+    now = 0.0
+    monkeypatch.setattr(train_teacher, 'time', Namespace(perf_counter=lambda: now))
+    clock = train_teacher.Clock(1, start, CPU)
 
-    run_main(script, '--out', tmp_path, '--iters', 200, '--eval-every', 1000, *words)
+    for it in itertools.count(start):
+        iters = clock.iters(it, train_teacher.Objective())
+        if iters:
+            break
+        now += first if it == start else 0.25
+
+    assert it == start + known
+    assert iters == start + known + more
+
+
+@pytest.mark.parametrize('seconds, caches, more', [
+    ([0.1] * 25, 1, 276), ([0.05] * 50, 2, 276), ([9.0] * 5 + [0.1] * 20, 1, 276), ([], 0, 188)])
+def test_minutes_count_the_cached_targets(seconds, caches, more):
+    """A student that is done in a third of its time, as only its first iterations are slow."""
+    objective = flow_map('--reuse', 5)
+    objective.seconds = seconds
+    objective.caches = {i: distill.TargetCache() for i in range(caches)}
+
+    # 0.15 s to learn, and 0.1 s for the targets of one in five
+    assert objective.iters_in(47, 0.25) == more
+
+
+def test_the_log_has_the_mean_loss_since_the_last_record(dozen, tmp_path, monkeypatch):
+    """A loss that falls slower and slower, because it is the mean since the start."""
+    losses = itertools.count()
+    loss = models.OneHotFlow.loss
+    monkeypatch.setattr(models.OneHotFlow, 'loss', lambda *words: loss(*words) * 0 + next(losses))
+
+    run_main(train_teacher, '--data', dozen / 'data', *SMALL, '--out', tmp_path, '--iters', 200,
+             '--reparam', 'paper', '--evals', 1)
 
     seen = [json.loads(line) for line in open(tmp_path / 'log.jsonl')]
-    losses = [(x['iter'], x['loss']) for x in seen if 'loss' in x]
-    assert losses == [(100, 49.5), (200, 149.5)]
-
-
-@pytest.mark.parametrize('script, words', [
-    (train_teacher, ('--data', 'data', *SMALL, '--dropout', .1)),
-    (distill, ('small/flow/teacher', '--batch', 4, '--dropout', .1)),
-])
-def test_measuring_does_not_change_a_run(dozen, small, tmp_path, monkeypatch, script, words):
-    """A run that learns something else when it is looked at more often."""
-    monkeypatch.chdir(dozen)
-
-    for every in (7, 100):
-        out = tmp_path / str(every)
-        run_main(script, '--out', out, '--iters', 20, '--eval-every', every, *words)
-
-    assert tensors(tmp_path / '7') == tensors(tmp_path / '100')
-
-
-def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(small, tmp_path):
-    """A student that no longer speaks its teacher's language."""
-    before = files_in(small / 'diffuseq/teacher')
-
-    run_main(distill, small / 'diffuseq/teacher', '--iters', 3, '--eval-every', 2, '--batch', 8,
-        '--adversarial', 1e-4, '--out', tmp_path)
-
-    teacher, _ = models.load(small / 'diffuseq/teacher')
-    student, _ = models.load(tmp_path)
-    assert files_in(small / 'diffuseq/teacher') == before
-    assert torch.equal(teacher.net.embed, student.net.embed)
-    assert torch.equal(teacher.bias, student.bias)
-    assert not torch.equal(teacher.net.head.weight, student.net.head.weight)
-    # one noise for all positions
-    assert student.begin(nothing_given(2, 6)).var(1).max() < 1e-9
+    assert [(x['iter'], x['loss']) for x in seen if 'loss' in x] == [(100, 49.5), (200, 149.5)]
 
 
 # -----------------------------------------------------------------------------
@@ -2865,10 +2626,36 @@ def test_score_distillation_leaves_teacher_embedding_and_rounding_alone(small, t
 def process(target, *args):
     """A started process that has torch in it already, so that it is at work soon."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch', 'train_teacher', 'distill'])
+    context.set_forkserver_preload([__name__, 'torch._dynamo'])
     child = context.Process(target=target, args=args)
     child.start()
     return child
+
+
+def as_command(name, words, out=os.devnull, err=os.devnull, **environment):
+    """What such a process does: a script as its command line runs it, printing to these files."""
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = open(1, 'w', closefd=False)
+    sys.argv = [f'{name}.py']
+    script = sys.modules[name]
+    o = script.parse([str(word) for word in ('--device', 'cpu', *words)])
+    prepare_data.run_script(lambda: script.main(o))
+
+
+def start_in(world, script, *words, target=as_command, **how):
+    """A script in several processes, as torchrun would start them; in one, without."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    children = []
+    for rank in range(world):
+        if world > 1:
+            how.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                       MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        children.append(process(functools.partial(target, **how), script.__name__, words))
+    return children
 
 
 def newest_save(path):
@@ -2876,20 +2663,20 @@ def newest_save(path):
 
 
 @pytest.mark.parametrize('n', [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_kill_at_any_moment(dozen, tmp_path, n):
+def test_a_kill_at_any_moment(dozen, tmp_path, n):
     """Half a checkpoint, half a record of the log, or temporary files that pile up."""
     rng = random.Random(0)
     path = tmp_path / 'out/model.pt'
-    words = ['--data', dozen / 'data', '--out', tmp_path / 'out', *SMALL, '--eval-every', 2,
-             '--iters', 10 ** 6, '--device', 'cpu']
     last = 0
     for _ in range(n):
-        o = train_teacher.parse([str(x) for x in words + (['--resume'] if last else [])])
         saved = newest_save(path)
-        child = process(train_teacher.main, o)
+        more = ['--resume'] if last else []
+        # a save in every second iteration
+        child, = start_in(1, train_teacher, '--data', dozen / 'data', '--out', tmp_path / 'out',
+                          *SMALL, '--iters', 10 ** 6, '--evals', 500_000, *more)
         while child.is_alive() and newest_save(path) == saved:
             time.sleep(0.1)
-        time.sleep(2 * rng.random())
+        time.sleep((2 if n > 3 else 0.5) * rng.random())
         child.kill()
         child.join()
 
@@ -2904,41 +2691,32 @@ def test_kill_at_any_moment(dozen, tmp_path, n):
 
 
 @pytest.mark.parametrize('n', [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_damage_of_a_checkpoint_or_of_data_is_noticed(dozen, small, n):
-    """A bit that has flipped, trained on or sampled from in silence."""
+def test_damage_of_a_checkpoint_is_noticed(small, tmp_path, n):
+    """A bit that has flipped, distilled or sampled from in silence."""
     rng = random.Random(0)
-    teacher = small / 'flow/teacher'
-    files = [teacher / 'model.pt', *sorted((dozen / 'data').glob('*.*'))]
-    before = tensors(teacher)
+    path = tmp_path / 'model.pt'
+    whole = (small / 'flow/teacher/model.pt').read_bytes()
     for i in range(n):
-        path = files[i % 4]
-        whole = path.read_bytes()
         at = rng.randrange(len(whole))
         flipped = whole[:at] + bytes([whole[at] ^ 1 << i % 8]) + whole[at + 1:]
         zeros = whole[:at] + bytes(64) + whole[at + 64:]
-        path.write_bytes([whole[:at], flipped, zeros][i // 4 % 3])
+        path.write_bytes([whole[:at], flipped, zeros][i % 3])
         try:
-            models.load(files[0])
-            prepare_data.load_dataset(dozen / 'data')
+            models.load(path)
             # a bit of no importance may differ, if the tensors do not
-            assert path == files[0]
-            assert tensors(teacher) == before
+            assert tensors(tmp_path) == tensors(small / 'flow/teacher')
         except SystemExit as end:
             assert end.code == 2
-        finally:
-            path.write_bytes(whole)
 
 
 def refusal(capfd, script, *words):
-    """The one line on stderr with which a command is refused; on stdout there is nothing."""
+    """The one line on stderr with which a command is refused."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
         run_main(script, *words)
-    out, err = capfd.readouterr()
+    err = capfd.readouterr().err
     assert end.value.code == 2, err
-    assert err.count('\n') == 1, err
-    assert err.endswith('\n')
-    assert out == ''
+    assert (err.count('\n'), err[-1]) == (1, '\n'), err
     return err
 
 
@@ -2948,329 +2726,200 @@ def failing(error):
     return fails
 
 
-def commands(dozen, small):
-    """A command of each script, by its name."""
-    return {'teacher': (train_teacher, '--data', dozen / 'data', *SMALL),
-            'student': (distill, small / 'flow/teacher', '--batch', 4)}
+def nan_loss(objective, tokens, given, times, rng):
+    """A loss that is not finite, while its gradient is."""
+    return objective.model.loss(tokens, given, times[0], rng).mean() + math.nan, {}
 
 
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_a_full_disk_leaves_the_last_save(dozen, small, tmp_path, monkeypatch, capfd, name):
-    """Half a file under the name of a whole one."""
+ENDS = [
+    ('os.fsync', failing(OSError(28, 'No space left')), 'No space left; make room on the disk'),
+    ('fcntl.lockf', failing(OSError(11, 'Busy')), 'another run writes there; wait for it'),
+    ('torch.Tensor.backward', failing(MemoryError()), 'out of memory; '),
+    ('torch.nn.utils.clip_grad_norm_', lambda *words: torch.tensor(math.nan), 'not finite'),
+]
+
+
+@pytest.mark.parametrize('name, where, instead, said', [
+    *[('teacher', *end) for end in ENDS],
+    *[('student', *end) for end in ENDS],
+    ('teacher', 'train_teacher.TeacherLoss.__call__', nan_loss, 'not finite'),
+])
+def test_what_ends_a_run_leaves_the_last_save(
+        dozen, small, tmp_path, monkeypatch, capfd, name, where, instead, said):
+    """Half a file under the name of a whole one, nan saved over weights, or two runs in one."""
+    pytest.importorskip(where.split('.')[0])
     script, *words = commands(dozen, small)[name]
-    run_main(script, '--out', tmp_path, '--iters', 2, *words)
+    words = (*words, '--out', tmp_path, '--iters', 2, '--evals', 1)
+    run_main(script, *words)
     before = tensors(tmp_path)
+    monkeypatch.setattr(where, instead)
 
-    monkeypatch.setattr(os, 'fsync', failing(OSError(28, 'No space left')))
     with pytest.raises(SystemExit) as end:
-        run_main(script, '--out', tmp_path, '--iters', 3, '--overwrite', *words)
+        prepare_data.run_script(lambda: run_main(script, *words, '--overwrite'))
 
     assert end.value.code == 2
-    assert 'No space left' in capfd.readouterr().err
+    assert said in capfd.readouterr().err
     assert tensors(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ['log.jsonl', 'model.pt']
 
 
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_two_runs_do_not_write_to_one_folder(dozen, small, tmp_path, monkeypatch, capfd, name):
-    """Two runs that replace each other's saves and mix their records."""
-    fcntl = pytest.importorskip('fcntl')
-    script, *words = commands(dozen, small)[name]
-    run_main(script, '--out', tmp_path, '--iters', 2, *words)
-    before = files_in(tmp_path)
-    monkeypatch.setattr(fcntl, 'lockf', failing(OSError(11, 'Busy')))
-
-    message = refusal(capfd, script, '--out', tmp_path, '--iters', 3, '--overwrite', *words)
-
-    assert 'another run' in message
-    assert files_in(tmp_path) == before
+def with_little_memory(name, words, err):
+    """A script in a process that may have 1 GB more than it has."""
+    # Windows lacks it
+    import resource
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 10 ** 9, used + 10 ** 9))
+    as_command(name, words, err=err)
 
 
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_numbers_that_are_none_end_a_run(dozen, small, tmp_path, monkeypatch, capfd, name):
-    """Weights that are nan, saved over good ones."""
-    script, *words = commands(dozen, small)[name]
-    run_main(script, '--out', tmp_path, '--iters', 2, *words)
-    before = tensors(tmp_path)
-    nan = torch.tensor(math.nan)
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *args: nan)
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits of Linux')
+@pytest.mark.parametrize('words', [('--batch', 10 ** 9), ('--width', 10 ** 5, '--heads', 1)])
+def test_memory_that_is_full_is_one_line(dozen, tmp_path, words):
+    """A traceback for a batch or a model that is too large for the machine."""
+    words = ('--data', dozen / 'data', '--out', tmp_path / 'out', *words)
 
-    with pytest.raises(SystemExit) as end:
-        run_main(script, '--out', tmp_path, '--iters', 3, '--overwrite', *words)
+    child = process(with_little_memory, 'train_teacher', words, tmp_path / 'err')
+    child.join()
 
-    assert end.value.code == 2
-    assert 'not finite' in capfd.readouterr().err
-    assert tensors(tmp_path) == before
-
-
-def test_a_loss_that_is_not_finite_is_noticed(dozen, tmp_path, monkeypatch, capfd):
-    """A loss of nan whose gradient is finite."""
-    loss = models.OneHotFlow.loss
-    monkeypatch.setattr(models.OneHotFlow, 'loss', lambda *args: loss(*args) + math.nan)
-
-    with pytest.raises(SystemExit):
-        run_main(train_teacher, '--data', dozen / 'data', '--out', tmp_path, *SMALL, '--iters', 1)
-
-    assert 'tau bins' in capfd.readouterr().err
-    assert not (tmp_path / 'model.pt').exists()
-
-
-def test_best_weights_are_those_of_now_until_they_are_measured():
-    """A run that is stopped early keeps the student that has learnt nothing."""
-    ema = torch.nn.Linear(1, 1)
-    best = distill.Best(ema, Namespace(stage='score'), None)
-
-    torch.nn.init.constant_(ema.weight, 1)
-    assert best.model.weight.item() == 1
-    assert best.see(0.5, 100, 'out')
-    torch.nn.init.constant_(ema.weight, 2)
-    assert not best.see(0.4, 200, 'out')
-    assert best.model.weight.item() == 1
-
-    # far worse than it was
-    with pytest.raises(SystemExit):
-        best.see(0.2, 300, 'out')
-
-
-def test_a_small_quality_that_falls_does_not_end_a_run():
-    """Two right rows of 200, then one by chance, taken for a student that degenerates."""
-    ema = torch.nn.Linear(1, 1)
-    best = distill.Best(ema, Namespace(stage='score'), None)
-
-    assert best.see(0.01, 100, 'out')
-    assert not best.see(0.0, 200, 'out')
-    assert best.see(0.02, 300, 'out')
+    err = (tmp_path / 'err').read_text()
+    assert child.exitcode == 2, err
+    assert err.startswith('train_teacher.py: out of memory; ')
+    assert err.count('\n') == 1
 
 
 # -----------------------------------------------------------------------------
-# Stopping
+# Stopping, and a terminal that is gone
 
 
-def test_first_signal_says_so_and_the_second_loses_nothing(capfd):
-    """Minutes without a word, in which one presses Ctrl-C again and loses all."""
-    stopper = train_teacher.Stopper()
-    assert not stopper.asked()
-
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(.01)
-    first = capfd.readouterr().err
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(.01)
-    second = capfd.readouterr().err
-
-    assert stopper.asked()
-    assert 'stopping' in first
-    assert 'saving' in first
-    assert f'kill -9 {os.getpid()}' in second
-
-
-def note_order(monkeypatch, script, measure):
-    """Names in the order in which a script saves and measures; it is told to stop as it learns."""
+@pytest.mark.parametrize('evals', [1, 9])
+@BOTH
+def test_who_is_told_to_stop_saves_first(dozen, small, tmp_path, monkeypatch, capfd, name, evals):
+    """Measuring between a signal and the save, or a second Ctrl-C that loses all."""
+    script, *words = commands(dozen, small)[name]
     order = []
-    save = script.save
-    update = script.update
-    look = getattr(script, measure)
+    save = train_teacher.save
+    update = train_teacher.update
 
-    def saving(*args, **how):
-        # a second signal, in the middle of the save
+    def saving(*words, **how):
         os.kill(os.getpid(), signal.SIGINT)
         order.append('save')
-        save(*args, **how)
+        save(*words, **how)
 
-    def measuring(*args, **how):
-        order.append('measure')
-        return look(*args, **how)
-
-    def stopping(*args):
+    def stopping(*words):
         os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
+        return update(*words)
 
-    monkeypatch.setattr(script, 'save', saving)
-    monkeypatch.setattr(script, measure, measuring)
-    monkeypatch.setattr(script, 'update', stopping)
-    return order
+    monkeypatch.setattr(train_teacher, 'save', saving)
+    monkeypatch.setattr(train_teacher, 'update', stopping)
+    for objective in (train_teacher.TeacherLoss, distill.Distillation):
+        monkeypatch.setattr(objective, 'measure', lambda *words: order.append('measure'))
 
+    run_main(script, '--out', tmp_path, '--iters', 9, '--evals', evals, *words)
 
-@pytest.mark.parametrize('every', [1, 100])
-@pytest.mark.parametrize('name, measure', [('teacher', 'validate'), ('student', 'measure')])
-def test_who_is_told_to_stop_saves_first(dozen, small, tmp_path, monkeypatch, capfd, name, measure,
-                                         every):
-    """Minutes of measuring between a signal and the save, in which torchrun kills the run."""
-    script, *words = commands(dozen, small)[name]
-    order = note_order(monkeypatch, script, measure)
-
-    run_main(script, '--out', tmp_path, '--iters', 9, '--eval-every', every, *words)
-
-    assert order[0] == 'save'
-    if every > 1:
-        assert order == ['save']
     out, err = capfd.readouterr()
-    assert 'stopping after this iteration, saving' in err
-    assert 'stopped at iteration 1; the same command with --resume goes on' in out
+    assert order == (['save'] if evals == 1 else ['save', 'measure'])
+    assert err.startswith('\nstopping after this iteration, saving ...\n')
+    assert f'still saving; to lose it: kill -9 {os.getpid()}' in err
+    assert 'stopped; the same command with --resume continues' in out
     assert models.load(tmp_path)[1]['iter'] == 1
+
+
+def last_record(out):
+    """The last iteration in log.jsonl, 0 where there is none yet."""
+    path = out / 'log.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])['iter'] if lines else 0
+
+
+def wait_for_a_record(children, out):
+    """Wait until the log goes on."""
+    before = last_record(out)
+    while all(child.is_alive() for child in children) and last_record(out) == before:
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+@pytest.mark.parametrize('n, world', [
+    (1, 1), pytest.param(25, 1, marks=pytest.mark.slow),
+    pytest.param(25, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('number, stdout', [
+    ('SIGINT', 'file'), ('SIGTERM', 'file'), ('SIGHUP', 'file'), ('SIGTERM', 'pipe'),
+    ('SIGINT', '/dev/full')])
+@BOTH
+def test_a_stop_at_any_moment_loses_nothing(
+        dozen, small, tmp_path, name, number, stdout, n, world):
+    """Hours of training lost to a closed terminal, to `| head -1`, or to a full disk of the log."""
+    script, *words = commands(dozen, small)[name]
+    rng = random.Random(0)
+    out = tmp_path / 'out'
+    words = (*words, '--out', out, '--iters', 10 ** 6, '--evals', 1)
+    words += ('--reuse', 0) if name == 'student' else ()
+    last = 0
+    for i in range(n):
+        files = {'out': str(tmp_path / f'stdout-{i}'), 'err': str(tmp_path / f'stderr-{i}')}
+        if stdout == 'pipe':
+            os.mkfifo(files['out'])
+        elif stdout == '/dev/full':
+            files['out'] = stdout
+        children = start_in(world, script, *words, *(['--resume'] if last else []), **files)
+        if stdout == 'pipe':
+            # head -1
+            with open(files['out']) as reader:
+                assert 'preset: ' in reader.readline()
+        wait_for_a_record(children, out)
+        time.sleep(rng.random() if n > 1 else 0)
+        seen = last_record(out)
+
+        os.kill(rng.choice(children).pid, getattr(signal, number))
+        for child in children:
+            child.join()
+
+        assert [child.exitcode for child in children] == [0] * world
+        _, ckpt = models.load(out)
+        assert ckpt['iter'] >= max(seen, last + 1)
+        last = ckpt['iter']
+        said = [line for line in Path(files['err']).read_text().splitlines() if line]
+        said.remove('stopping after this iteration, saving ...')
+        assert [line[-21:] for line in said] == ['; going on without it'] * (stdout != 'file')
+        if stdout == 'file':
+            printed = Path(files['out']).read_text().splitlines()
+            assert printed[-1] == 'stopped; the same command with --resume continues'
 
 
 # -----------------------------------------------------------------------------
 # What a run is: nothing is replaced or mixed in silence
 
 
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_a_finished_model_is_not_replaced_unless_asked_to(dozen, small, tmp_path, capfd, name):
-    """A model of a week replaced by one of ten minutes."""
+@BOTH
+def test_a_run_is_continued_or_replaced_as_asked(dozen, small, tmp_path, name):
+    """A check so strict that a moved folder or a longer run cannot be resumed."""
     script, *words = commands(dozen, small)[name]
-    run_main(script, '--out', tmp_path, '--iters', 2, *words)
-    before = files_in(tmp_path)
-
-    for iters in (0, 1, 5):
-        message = refusal(capfd, script, '--out', tmp_path, '--iters', iters, *words)
-        assert 'holds a model of 2 iterations' in message
-        assert '--overwrite' in message
-    assert files_in(tmp_path) == before
-
-    run_main(script, '--out', tmp_path, '--iters', 1, '--overwrite', *words)
-    assert models.load(tmp_path)[1]['iter'] == 1
-
-
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_resume_needs_more_iterations_than_are_done(dozen, small, tmp_path, capfd, name):
-    """A loop that runs zero times and ends in a traceback."""
-    script, *words = commands(dozen, small)[name]
-    run_main(script, '--out', tmp_path, '--iters', 2, *words)
-    before = files_in(tmp_path)
-
-    for iters in (0, 1, 2):
-        message = refusal(capfd, script, '--out', tmp_path, '--iters', iters, '--resume', *words)
-        assert 'has 2 iterations already' in message
-    assert files_in(tmp_path) == before
-
-    run_main(script, '--out', tmp_path, '--iters', 3, '--resume', *words)
-    assert models.load(tmp_path)[1]['iter'] == 3
-
-
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_resume_without_a_model_is_refused(dozen, small, tmp_path, capfd, name):
-    """A run that is resumed from nothing, in the wrong folder."""
-    script, *words = commands(dozen, small)[name]
-
-    message = refusal(capfd, script, '--out', tmp_path / 'none', '--iters', 3, '--resume', *words)
-
-    assert 'no such checkpoint' in message
-    assert not (tmp_path / 'none').exists()
-
-
-@pytest.mark.parametrize('name, words, said', [
-    ('teacher', ('--data', '{dozen}/other-days'), 'the data is not what it was made from'),
-    ('teacher', ('--data', '{dozen}/bytes'), 'the data has another tokenizer'),
-    ('teacher', ('--batch', 8), '--batch was 4, now 8'),
-    ('teacher', ('--width', 64), '--width was 32, now 64'),
-    ('teacher', ('--model', 'diffuseq'), '--model was flm, now diffuseq'),
-    ('teacher', ('--optimiser', 'adamw'), ', now adamw'),
-    ('teacher', ('--no-hidden-input',), '--hidden-input was True, now False'),
-    ('teacher', ('--seed', 1), '--seed was 0, now 1'),
-    ('student', ('--data', '{dozen}/other-days'), 'the data is not what it was made from'),
-    ('student', ('--method', 'semigroup'), ', now semigroup'),
-    ('student', ('--lr', .5), ', now 0.5'),
-])
-def test_resume_goes_on_only_as_what_a_run_was(dozen, small, capfd, name, words, said):
-    """Weights of one tokenizer with the meta of another, because the shapes are the same."""
-    script, *command = commands(dozen, small)[name]
-    words = [str(word).format(dozen=dozen, small=small) for word in words]
-    before = files_in(dozen)
-
-    message = refusal(capfd, script, *command, *words, '--iters', 9, '--resume',
-                      '--out', small / 'flow' / name)
-
-    assert said in message
-    assert files_in(dozen) == before
-
-
-def test_run_from_before_an_option_existed_goes_on_without_it(dozen, small, tmp_path, capfd):
-    """A checkpoint that no command line can resume, or one that goes on as something else."""
-    script, *words = commands(dozen, small)['student']
-    run_main(script, '--out', tmp_path, '--iters', 2, '--noise-values', 0, *words)
-    ckpt = torch.load(tmp_path / 'model.pt', weights_only=True)
-    del ckpt['options']['noise_values']
-    torch.save(ckpt, tmp_path / 'model.pt')
-    more = ('--out', tmp_path, '--iters', 3, '--resume', *words)
-
-    assert '--noise-values was 0, now 6' in refusal(capfd, script, *more)
-    run_main(script, *more, '--noise-values', 0)
-
-    assert models.load(tmp_path)[1]['iter'] == 3
-
-
-def test_resume_copies_the_same_teacher_only(small, capfd):
-    """A student of two teachers, because both have the same shape."""
-    before = files_in(small)
-
-    message = refusal(capfd, distill, small / 'another/teacher', '--batch', 4, '--iters', 9,
-                      '--resume', '--out', small / 'flow/student')
-
-    assert 'another teacher' in message
-    assert files_in(small) == before
-
-
-def test_resume_refines_with_the_same_guide_only(small, tmp_path, capfd):
-    """A guide that was trained anew meanwhile: half of the run aims elsewhere."""
-    guide = tmp_path / 'guide'
-    shutil.copytree(small / 'diffuseq/student', guide)
+    shutil.copytree(dozen / 'data', tmp_path / 'data')
+    shutil.copytree(small / 'flow/teacher', tmp_path / 'moved')
     out = tmp_path / 'out'
-    command = (small / 'diffuseq/teacher', '--guide', guide, '--batch', 4, '--out', out)
-    run_main(distill, *command, '--iters', 2)
-    net, ckpt = models.load(guide)
-    net.net.head.weight.data.add_(1)
-    torch.save({**ckpt, 'ema': net.state_dict()}, guide / 'model.pt')
-    before = files_in(tmp_path)
+    run_main(script, *words, '--out', out, '--iters', 2)
+    moved = ['--data', tmp_path / 'data', '--no-compile', '--preset', 'laptop', '--evals', 1]
+    if name == 'student':
+        words[0] = tmp_path / 'moved/model.pt'
 
-    message = refusal(capfd, distill, *command, '--iters', 3, '--resume')
-
-    assert 'guide' in message
-    assert files_in(tmp_path) == before
+    run_main(script, *words, *moved, '--out', out, '--iters', 4, '--resume')
+    assert models.load(out)[1]['iter'] == 4
+    run_main(script, *words, *moved, '--out', out, '--iters', 1, '--overwrite')
+    assert models.load(out)[1]['iter'] == 1
 
 
-def test_resume_does_not_begin_to_refine(small, capfd):
-    """A student of score distillation that goes on as a copy of a guide."""
-    message = refusal(capfd, distill, small / 'diffuseq/teacher', '--batch', 4, '--iters', 9,
-                      '--guide', small / 'diffuseq/student', '--resume',
-                      '--out', small / 'diffuseq/student')
+def test_a_run_from_before_an_option_existed_continues_without_it(monkeypatch):
+    """A checkpoint that no command line can resume, or one that continues as something else."""
+    monkeypatch.setitem(train_teacher.NEUTRAL, 'noise_levels', 0)
+    meta = dict.fromkeys(('tokenizer', 'crc', 'length', 'kind', 'pairs', 'name'))
+    run = Namespace(meta=meta, parents={})
+    ckpt = {'options': {'seed': 1}, 'meta': meta, 'parents': {}}
 
-    assert '--guide was ' in message
+    def difference(levels):
+        return train_teacher.other_run(ckpt, Namespace(seed=1, noise_levels=levels), run)
 
-
-def test_a_guide_of_another_teacher_is_refused(small, tmp_path, capfd):
-    """A guide and a teacher whose embeddings differ: noise of one is no noise of the other."""
-    net, ckpt = models.load(small / 'diffuseq/student')
-    net.net.embed.data.add_(1)
-    torch.save({**ckpt, 'ema': net.state_dict()}, tmp_path / 'guide.pt')
-
-    message = refusal(capfd, distill, small / 'diffuseq/teacher', '--batch', 4, '--iters', 2,
-                      '--guide', tmp_path / 'guide.pt', '--out', tmp_path / 'out')
-
-    assert 'must be a student of this teacher' in message
-
-
-def test_resume_keeps_the_length_of_a_round(small, tmp_path, capfd):
-    """A longer run, whose rounds are longer, that goes back to a round it has left."""
-    command = (small / 'mdlm/teacher', '--batch', 4, '--rounds', 2, '--out', tmp_path)
-    run_main(distill, *command, '--iters', 2)
-
-    message = refusal(capfd, distill, *command, '--iters', 4, '--resume')
-
-    assert 'the rounds of' in message
-
-
-def test_a_run_may_go_on_elsewhere_and_longer(dozen, small, tmp_path):
-    """A check so strict that a moved folder cannot be resumed."""
-    for part in ('data', 'small/flow/teacher'):
-        shutil.copytree(dozen / part, tmp_path / part)
-    words = ('--data', tmp_path / 'data', '--batch', 4, '--iters', 2, '--out', tmp_path / 'moved')
-    run_main(distill, small / 'flow/teacher', *words)
-
-    teacher = tmp_path / 'small/flow/teacher/model.pt'
-    run_main(distill, teacher, *words, '--iters', 4, '--eval-every', 3,
-        '--resume', '--no-compile', '--preset', 'laptop')
-
-    assert models.load(tmp_path / 'moved')[1]['iter'] == 4
+    assert difference(0) == ''
+    assert difference(6) == '--noise-levels was 0, now 6'
 
 
 # -----------------------------------------------------------------------------
@@ -3283,28 +2932,30 @@ def log_of(folder, start):
     return [json.loads(line)['iter'] for line in open(folder / 'log.jsonl')]
 
 
-@pytest.mark.parametrize('start, kept', [(0, []), (9, []), (10, [10]), (25, [10, 20]),
-                                         (99, [10, 20, 30])])
-def test_log_goes_on_where_the_checkpoint_is(tmp_path, start, kept):
-    """Records behind the last save twice in the log, or half a line in its middle."""
+@pytest.mark.parametrize('start, kept', [
+    (0, []), (9, []), (10, [10]), (25, [10, 20]), (99, [10, 20, 30])])
+def test_the_log_goes_on_where_the_checkpoint_is(tmp_path, start, kept):
+    """Records after the last save twice in the log, or half a line in its middle."""
     lines = [json.dumps({'iter': it, 'seconds': 1.0, 'loss': 2.0}) for it in (10, 20, 30)]
     (tmp_path / 'log.jsonl').write_text('\n'.join(lines) + '\n{"iter": 40, "sec')
 
     assert log_of(tmp_path, start) == kept
 
 
-def test_a_line_is_printed_every_ten_seconds(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('iters, said', [(1060, '5/1060'), (None, '5/?')])
+def test_a_line_is_printed_every_ten_seconds(tmp_path, monkeypatch, capsys, iters, said):
     """Minutes without a word, because lines are counted in iterations."""
-    now = [0.0]
-    monkeypatch.setattr(train_teacher.time, 'time', lambda: now[0])
-    log = train_teacher.Log(tmp_path, 1000, 0, 64)
+    now = 0.0
+    monkeypatch.setattr(train_teacher, 'time', Namespace(time=lambda: now))
+    log = train_teacher.Log(tmp_path, 0, 64)
 
     for it in range(60):
-        now[0] = float(it)
-        log.progress(it, lambda: torch.tensor(2.5))
+        now = float(it)
+        log.progress(it, iters, lambda: torch.tensor(2.5))
 
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split('/')[0]) for line in lines] == [5, 15, 25, 35, 45, 55]
+    assert said in lines[0]
     assert all('loss 2.5' in line for line in lines)
 
 
@@ -3312,12 +2963,13 @@ def test_a_line_is_printed_every_ten_seconds(tmp_path, monkeypatch, capsys):
 # Checkpoints
 
 
-def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     """Weights in place of their average, a model in training mode, or a config that is lost."""
-    net = tiny(two_time=True, dropout=.5).train()
-    ema = tiny(two_time=True, dropout=.5, seed=1)
+    net = tiny(calls=1, dropout=0.5).train()
+    ema = tiny(calls=1, dropout=0.5, seed=1)
 
-    models.save(tmp_path / 'model.pt', net, ema, iter=7, options={'lr': .1}, note='\u00e9')
+    models.save(tmp_path / 'model.pt', {'model': net, 'ema': ema}, iter=7, options={'lr': 0.1},
+                note='\u00e9')
     loaded, ckpt = models.load(tmp_path)
 
     assert loaded.config == net.config
@@ -3325,7 +2977,7 @@ def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
     for name, p in loaded.state_dict().items():
         assert torch.equal(p, ema.state_dict()[name])
         assert torch.equal(net.state_dict()[name], ckpt['model'][name])
-    assert (ckpt['iter'], ckpt['options'], ckpt['note']) == (7, {'lr': .1}, '\u00e9')
+    assert (ckpt['iter'], ckpt['options'], ckpt['note']) == (7, {'lr': 0.1}, '\u00e9')
     assert ckpt['config'] == asdict(net.config)
     assert [path.name for path in tmp_path.iterdir()] == ['model.pt']
 
@@ -3337,331 +2989,313 @@ class Evil:
         return os.mkdir, ('owned',)
 
 
-def write_checkpoints():
-    """Files that are no checkpoints of this code, here; their names say why."""
-    net = tiny()
-    models.save('good.pt', net, net, iter=1)
-    good = torch.load('good.pt', weights_only=True)
-    torch.save({**good, 'format': 9}, 'format.pt')
-    torch.save({**good, 'note': Evil()}, 'evil.pt')
-    torch.save({'format': models.FORMAT, 'ema': Evil()}, 'evil-2.pt')
-    torch.save({**good, 'config': {**good['config'], 'width': 64}}, 'config.pt')
-    torch.save({**good, 'config': {**good['config'], 'colour': 64}}, 'unknown.pt')
-    torch.save([1, 2], 'list.pt')
-    Path('text.pt').write_text('no')
-    Path('empty.pt').write_text('')
-    Path('cut.pt').write_bytes(Path('good.pt').read_bytes()[:-99])
-    Path('folder.pt').mkdir()
-    Path('empty').mkdir()
-
-
-@pytest.mark.parametrize('name, said', [
-    ('format.pt', f'has format 9, this code reads format {models.FORMAT}'),
-    ('evil.pt', 'no whole checkpoint of this project (UnpicklingError)'),
-    ('evil-2.pt', 'no whole checkpoint of this project (UnpicklingError)'),
-    ('config.pt', 'weights and config do not fit'),
-    ('unknown.pt', 'weights and config do not fit'),
-    ('list.pt', 'no whole checkpoint'),
-    ('text.pt', 'no whole checkpoint'),
-    ('empty.pt', 'no whole checkpoint'),
-    ('cut.pt', 'no whole checkpoint'),
-    ('folder.pt', 'no such checkpoint'),
-    ('empty', 'no such checkpoint'),
-    ('missing', 'no such checkpoint'),
-    ('missing.pt', 'no such checkpoint'),
-    ('9' * 400, 'no such checkpoint'),
-])
-def test_what_is_no_checkpoint_is_refused_and_not_executed(
-        tmp_path, monkeypatch, capfd, name, said):
-    """A file from the net that runs code when it is loaded; a traceback for a wrong name."""
-    monkeypatch.chdir(tmp_path)
-    write_checkpoints()
-    before = files_in(tmp_path)
-
-    message = refusal(capfd, distill, name)
-
-    assert said in message
-    assert files_in(tmp_path) == before
-    assert not Path('owned').exists()
+@pytest.fixture(scope='module')
+def bad(dozen, small):
+    """A folder of files that are no checkpoints, or not the ones asked for; names say why."""
+    folder = dozen / 'bad'
+    folder.mkdir()
+    good = torch.load(small / 'flow/teacher/model.pt', weights_only=True)
+    for name, more in [
+        ('format', {'format': models.FORMAT - 1}),
+        ('evil', {'note': Evil()}),
+        ('shape', {'config': {**good['config'], 'width': 64}}),
+        ('unknown', {'config': {**good['config'], 'colour': 64}}),
+    ]:
+        torch.save({**good, **more}, folder / f'{name}.pt')
+    torch.save({'format': models.FORMAT, 'ema': Evil()}, folder / 'evil-2.pt')
+    torch.save([1, 2], folder / 'list.pt')
+    (folder / 'empty.pt').write_text('')
+    whole = (small / 'flow/teacher/model.pt').read_bytes()
+    (folder / 'cut.pt').write_bytes(whole[:-99])
+    (folder / 'folder.pt').mkdir()
+    (folder / 'empty').mkdir()
+    # what --export writes
+    (folder / 'weights').mkdir()
+    exported = {name: x for name, x in good.items() if name not in ('model', 'optimizers')}
+    torch.save(exported, folder / 'weights/model.pt')
+    # of another teacher, and one of the same that was trained again
+    net, student = models.load(small / 'diffuseq/student')
+    net.net.head.weight.data.add_(1)
+    torch.save({**student, 'ema': net.state_dict()}, folder / 'again.pt')
+    net.net.embed.data.add_(1)
+    torch.save({**student, 'ema': net.state_dict()}, folder / 'stranger.pt')
+    return folder
 
 
 # -----------------------------------------------------------------------------
 # Commands without a name take what was made last
 
 
-def put_teacher(small, kind, at, seconds):
-    """A copy of a teacher in out/, as if it was made at that time."""
-    shutil.copytree(small / kind / 'teacher', Path('out') / at / 'teacher')
-    os.utime(Path('out') / at / 'teacher/model.pt', (seconds, seconds))
+def put_model(small, kind, at, seconds):
+    """A copy of a model in out/, as if it was made at that time."""
+    shutil.copytree(small / kind, Path('out') / at)
+    os.utime(Path('out') / at / 'model.pt', (seconds, seconds))
 
 
-def test_newest_teacher_that_can_be_distilled_is_picked(small, tmp_path, monkeypatch, capfd):
-    """The baseline that was trained last, or the first teacher ever made; and not a word of it."""
+def test_the_newest_teacher_is_distilled_wherever_it_lies(small, tmp_path, monkeypatch, capfd):
+    """A baseline, a student, a damaged file or the first teacher ever, and not a word of it."""
     monkeypatch.chdir(tmp_path)
-    put_teacher(small, 'diffuseq', 'a', 10 ** 9)
-    put_teacher(small, 'flow', 'b', 10 ** 9 + 1)
-    put_teacher(small, 'mdlm', 'c', 10 ** 9 + 2)
-    put_teacher(small, 'ar', 'd', 10 ** 9 + 3)
-    # a folder without a model is no model
-    (tmp_path / 'out/e/teacher').mkdir(parents=True)
+    assert 'first run: python train_teacher.py' in refusal(capfd, distill)
+    put_model(small, 'mdlm/teacher', 'c', 10 ** 9 + 2)
+    assert 'first run: python train_teacher.py' in refusal(capfd, distill)
+    put_model(small, 'diffuseq/teacher', 'a/teacher', 10 ** 9)
+    put_model(small, 'flow/teacher', 'my/own/run', 10 ** 9 + 1)
+    put_model(small, 'ar/teacher', 'd', 10 ** 9 + 3)
+    put_model(small, 'flow/student', 'e', 10 ** 9 + 4)
+    (tmp_path / 'out/f').mkdir()
+    (tmp_path / 'out/f/model.pt').write_text('damaged')
 
     run_main(distill, '--batch', 4, '--iters', 1)
 
-    assert 'flow map of out/b/teacher/model.pt' in capfd.readouterr().out
-    assert models.load('out/b/student')[1]['teacher']['path'] == 'out/b/teacher/model.pt'
+    assert 'flow map of out/my/own/run/model.pt' in capfd.readouterr().out
+    _, ckpt = models.load('out/my/own/run-student')
+    assert ckpt['parents']['teacher']['path'] == 'out/my/own/run/model.pt'
 
 
-def test_no_teacher_that_can_be_distilled(small, tmp_path, monkeypatch, capfd):
-    """A baseline distilled, or advice that does not run."""
+@pytest.mark.parametrize('teacher, reference, out', [
+    ('out/dates/teacher/model.pt', None, 'out/dates/student'),
+    ('out/dates/teacher/model.pt', 'yes', 'out/dates/refined'),
+    ('out/run1/model.pt', None, 'out/run1-student'),
+    ('out/run1/model.pt', 'yes', 'out/run1-refined'),
+    ('assets/dates.pt', None, 'out/dates/student'),
+])
+def test_a_student_is_written_beside_its_teacher(teacher, reference, out):
+    """Students of two teachers in one folder, or one in the folder of shipped files."""
+    assert distill.default_out(Path(teacher), {'name': 'dates'}, reference) == Path(out)
+
+
+def run_next(capfd, *more):
+    """Run the command that the last line on the terminal names, word by word."""
+    line = capfd.readouterr().out.splitlines()[-1]
+    python, file, *words = shlex.split(line.removeprefix('next: '))
+    script = {'distill.py': distill, 'sample.py': sample}[file]
+    assert python == 'python'
+    script.main(script.parse([*words, *[str(word) for word in more]]))
+    return [file, *words]
+
+
+def test_next_lines_of_two_runs_are_taken_literally(dozen, tmp_path, monkeypatch, capfd):
+    """The second run's advice that is refused, since the first one's student is in its way."""
     monkeypatch.chdir(tmp_path)
+    for out in ('out/run1', 'out/my run'):
+        run_main(train_teacher, '--data', dozen / 'data', *SMALL, '--iters', 1, '--out', out)
 
-    assert 'first run: python train_teacher.py' in refusal(capfd, distill)
-    put_teacher(small, 'mdlm', 'c', 10 ** 9)
-    assert 'first run: python train_teacher.py' in refusal(capfd, distill)
-
-
-def test_newest_data_is_trained_on_and_named(dozen, tmp_path, monkeypatch, capfd):
-    """Training on what was prepared first, in silence."""
-    monkeypatch.chdir(tmp_path)
-    for i, name in enumerate(('data', 'other-days', 'bytes')):
-        shutil.copytree(dozen / name, Path('data') / name)
-        os.utime(f'data/{name}/meta.json', (10 ** 9 - i, 10 ** 9 - i))
-
-    run_main(train_teacher, *SMALL, '--iters', 1)
-
-    assert 'tokens in data/data -> out/data/teacher' in capfd.readouterr().out
-    assert models.load('out/data/teacher')[1]['options']['data'] == 'data/data'
-
-
-@pytest.mark.parametrize('kind, script', [
-    ('flm', distill), ('diffuseq', distill), ('mdlm', None), ('ar', None)])
-def test_advice_of_a_teacher_runs(dozen, tmp_path, monkeypatch, capfd, kind, script):
-    """Advice to distil what cannot be distilled, or a name with a space that is not quoted."""
-    monkeypatch.chdir(tmp_path)
-
-    run_main(train_teacher, '--data', dozen / 'data', '--model', kind, *SMALL, '--iters', 1,
-        '--out', 'my out/teacher')
-
-    words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
-    if script is None:
-        assert words == ['python', 'sample.py', 'my out/teacher', '--source=1987-03-23']
-        return
-    assert words[:2] == ['python', 'distill.py']
-    run_main(script, *words[2:], '--batch', 4, '--iters', 1)
-    assert models.load('my out/student')[1]['iter'] == 1
-
-
-def test_advice_of_a_student_names_what_there_is(small, tmp_path, monkeypatch, capfd):
-    """Advice that does not run."""
-    monkeypatch.chdir(tmp_path)
-
-    run_main(distill, small / 'flow/teacher', '--batch', 4, '--iters', 1, '--out', 'my out')
-
-    words = shlex.split(capfd.readouterr().out.splitlines()[-1].removeprefix('next: '))
-    assert words == ['python', 'sample.py', 'my out', '--source=1987-03-23', '--compare',
-                     str(small / 'flow/teacher/model.pt')]
+        assert run_next(capfd, '--batch', 4, '--iters', 1) == ['distill.py', out]
+        assert run_next(capfd) == ['sample.py', f'{out}-student', '--source=1987-03-23',
+                                   '--compare', f'{out}/model.pt']
 
 
 @pytest.mark.parametrize('sources, words', [
     (['-ed', 'b'], ['--source=-ed']), (['a\nb', '\x1b[31m', 'c'], ['--source=c']), (['\n'], [])])
 def test_advice_has_a_source_that_a_command_line_can_hold(sources, words):
     """A source taken for an option, or a command that a line break cuts in two."""
-    meta = {'length': 16, 'pairs': True, 'kind': 'rows', 'special': {
-        name: 256 + i for i, name in enumerate(prepare_data.SPECIAL)}}
-    meta['tokenizer'] = prepare_data.make_tokenizer('byte', [])
+    special = {name: 256 + i for i, name in enumerate(prepare_data.SPECIAL)}
+    meta = {'kind': 'rows', 'pairs': True, 'length': 16, 'special': special,
+            'tokenizer': prepare_data.make_tokenizer('byte', [])}
     encoding = prepare_data.make_encoding(meta['tokenizer'])
     rows, _ = prepare_data.pack_rows(encoding, [(source, 'x') for source in sources], 16)
 
-    assert train_teacher.to_sample('out', meta, rows)[3:] == words
-
-
-def test_a_folder_of_models_is_answered_by_their_names(small, tmp_path, capfd):
-    """Advice to train what is there already."""
-    message = refusal(capfd, distill, small / 'flow')
-
-    assert f'name one of these: {small}/flow/student, {small}/flow/teacher' in message
-
-
-def test_resuming_is_advised_only_where_it_would_go_on(dozen, tmp_path, capfd):
-    """Advice that is refused itself: the data are others than the model was made from."""
-    words = (*SMALL, '--out', tmp_path, '--iters', 1)
-    run_main(train_teacher, '--data', dozen / 'data', *words)
-
-    assert '--resume' in refusal(capfd, train_teacher, '--data', dozen / 'data', *words)
-    message = refusal(capfd, train_teacher, '--data', dozen / 'other-days', *words)
-    assert '--resume' not in message
-    assert '--overwrite' in message
+    assert train_teacher.sample_command('out', meta, rows)[3:] == words
 
 
 # -----------------------------------------------------------------------------
 # Command lines that cannot be
 
-BAD_TEACHERS = [
-    ('--nonsense 1', 'unrecognized arguments: --nonsense'),
-    ('--lay 2', 'unrecognized arguments: --lay'),
-    ('extra', 'unrecognized arguments: extra'),
-    ('--axis magic', 'invalid choice'),
-    ('--model gpt', 'invalid choice'),
-    ('--optimiser sgd', 'invalid choice'),
-    ('--preset huge', 'invalid choice'),
-    ('', 'run: python prepare_data.py stories'),
-    ('--data missing', 'missing holds no prepared data'),
-    ('--data text.txt', 'python prepare_data.py mine --input text.txt'),
-    ('--data {dozen}/data --heads 3', 'must be a multiple of twice --heads (3)'),
-    ('--data {dozen}/data --width 129', '--width 129'),
-    ('--data {dozen}/data --dropout 1', '--dropout 1: nothing would be left'),
-    ('--data {dozen}/data --model mdlm --stagger 0.5', '--stagger: is for --model flm'),
-    ('--data {dozen}/data --model ar --axis loss', '--axis: is for --model flm'),
-    ('--data {dozen}/data --anchor 0.1', '--anchor: is for --model diffuseq'),
-    ('--data {dozen}/data --layers 1000000 --width 1600000', 'too large for any machine'),
-    ('--data {dozen}/data --device nonsense', '--device nonsense is not available'),
-    ('--data {dozen}/data --beta2 1', '--beta2 1: no gradient would ever count'),
-    ('--data {dozen}/data --channels 2000000', '--channels 2000000: too large'),
-    ('--data {dozen}/data --batch 64 --parts 3', '--batch 64: must be a multiple of --parts (3)'),
-    ('--data {dozen}/data --batch 7 --parts 2', '--batch 7: must be a multiple of --parts (2)'),
-    ('--data {dozen}/data --out text.txt', 'cannot be written'),
-    ('--data {dozen}/data --resume', 'no such checkpoint'),
-    ('--layers 0', 'a whole number from 1'),
-    ('--heads 1.5', 'a whole number from 1'),
-    ('--dropout 2', 'a number from 0 to 1'),
-    ('--lr inf', 'a finite number from 0'),
+NEW = '--data {dozen}/data ' + ' '.join(str(word) for word in SMALL)
+AGAIN = NEW + ' --out {small}/flow/teacher --iters'
+FLOW = '{small}/flow/teacher'
+DIFFUSEQ = '{small}/diffuseq/teacher'
+STUDENT = FLOW + ' --batch 4 --rollout 2 --out {small}/flow/student --iters'
+GENERATOR = DIFFUSEQ + ' --batch 4 --out {small}/diffuseq/student --iters'
+LONG = '9' * 400
+
+REFUSED_RUNS = [
+    (train_teacher, '--nonsense 1', 'unrecognized arguments: --nonsense'),
+    (train_teacher, '--reparam magic', 'invalid choice'),
+    (train_teacher, '--dropout 1', 'a number from 0 to 0.999999'),
+    (train_teacher, '', 'run: python prepare_data.py stories'),
+    (train_teacher, '--data missing', 'missing holds no prepared data'),
+    (train_teacher, '--data text.txt', 'python prepare_data.py mine --input text.txt'),
+    (train_teacher, NEW + f' --out {LONG}', 'cannot be written'),
+    (train_teacher, NEW + ' --out text.txt', 'cannot be written'),
+    (train_teacher, NEW + f' --device {LONG}', 'is not available'),
+    (train_teacher, NEW + ' --heads 3', 'must be a multiple of twice --heads (3)'),
+    (train_teacher, NEW + ' --width 36 --heads 4', '--width 36: must be a multiple'),
+    (train_teacher, NEW + ' --network paper', "--channels 8: the paper's network has as many as"),
+    (train_teacher, NEW + ' --model mdlm --stagger 0.5', '--stagger is for flm; leave it out for'),
+    (train_teacher, NEW + ' --model ar --reparam loss', '--reparam is for flm; leave it out for'),
+    (train_teacher, NEW + ' --model diffuseq --network paper', '--network is for flm; leave it'),
+    (train_teacher, NEW + ' --anchor 0.1', '--anchor is for diffuseq; leave it out for --model'),
+    (train_teacher, NEW + ' --iters 2 --minutes 2', '--iters and --minutes do not go together'),
+    (train_teacher, NEW + ' --micro-batches 3', 'must be a multiple of --micro-batches (3)'),
+    (train_teacher, NEW + ' --resume', 'nothing was saved in out/data/teacher yet; leave out'),
+    (train_teacher, NEW + f' --resume --out {LONG}', 'nothing was saved'),
+    # what is there is not replaced, and continued only as what it was
+    (train_teacher, AGAIN + ' 5', 'of 2 iterations; --resume continues it, --overwrite replaces'),
+    (train_teacher, AGAIN + ' 5 --seed 1', 'of 2 iterations; --overwrite replaces it'),
+    (train_teacher, AGAIN + ' 2 --resume', 'has 2 iterations already; ask for more by --iters'),
+    (train_teacher, AGAIN + ' 9 --resume --seed 1', '--seed was 0, now 1'),
+    (train_teacher, AGAIN + ' 9 --resume --batch 8', '--batch was 4, now 8'),
+    (train_teacher, AGAIN + ' 9 --resume --width 64', '--width was 32, now 64'),
+    (train_teacher, AGAIN + ' 9 --resume --model diffuseq', '--model was flm, now diffuseq'),
+    (train_teacher, AGAIN + ' 9 --resume --optimizer adamw', '--optimizer was muon, now adamw'),
+    (train_teacher, AGAIN + ' 9 --resume --no-hidden-input', '--hidden-input was True, now False'),
+    (train_teacher, AGAIN + ' 9 --resume --data {dozen}/other-days', 'other data than data'),
+    (train_teacher, AGAIN + ' 9 --resume --data {dozen}/bytes', 'another tokenizer'),
+    (train_teacher, AGAIN + ' 9 --out {bad}/weights', 'of 2 iterations; --overwrite replaces it'),
+    (train_teacher, AGAIN + ' 9 --out {bad}/weights --resume', 'it holds only weights'),
+    (distill, '--nonsense 1', 'unrecognized arguments: --nonsense'),
+    (distill, '--method magic', 'invalid choice'),
+    (distill, '--substep 0', 'a number from 0.001 to 1'),
+    (distill, '', 'first run: python train_teacher.py'),
+    # what is no checkpoint, and nothing of it is executed
+    (distill, 'missing', 'no such checkpoint'),
+    (distill, LONG, 'no such checkpoint'),
+    (distill, '{bad}/folder.pt', 'no such checkpoint'),
+    (distill, '{bad}/empty', 'no such checkpoint'),
+    (distill, '{small}/flow', 'name one of these: {small}/flow/student, {small}/flow/teacher'),
+    (distill, '{bad}/format.pt', f'has format {models.FORMAT - 1}, this code reads format'),
+    (distill, '{bad}/evil.pt', 'no whole checkpoint of this project (UnpicklingError)'),
+    (distill, '{bad}/evil-2.pt', 'no whole checkpoint of this project (UnpicklingError)'),
+    (distill, '{bad}/shape.pt', 'weights and config do not fit'),
+    (distill, '{bad}/unknown.pt', 'weights and config do not fit'),
+    (distill, '{bad}/list.pt', 'no whole checkpoint'),
+    (distill, '{bad}/empty.pt', 'no whole checkpoint'),
+    (distill, '{bad}/cut.pt', 'no whole checkpoint'),
+    # what cannot be distilled, or not so
+    (distill, '{small}/flow/student', 'is a student already'),
+    (distill, '{small}/diffuseq/refined', 'is a student already'),
+    (distill, '{small}/ar/teacher', 'is autoregressive; distill a flow'),
+    (distill, '{small}/mdlm/teacher --reference {small}/mdlm/teacher', '--reference is for a diff'),
+    (distill, FLOW + ' --reference {small}/flow/student', "--reference is for a diffusion's"),
+    (distill, DIFFUSEQ + ' --reference missing', 'no such checkpoint'),
+    (distill, DIFFUSEQ + ' --reference ' + DIFFUSEQ, 'must be a student of this teacher'),
+    (distill, DIFFUSEQ + ' --reference {small}/flow/student', 'must be a student of this teacher'),
+    (distill, DIFFUSEQ + ' --reference {bad}/stranger.pt', 'must be a student of this teacher'),
+    (distill, FLOW + ' --data missing', 'missing holds no prepared data'),
+    (distill, FLOW + ' --data {dozen}/bytes', 'it has another tokenizer; name its data by --data'),
+    (distill, FLOW + ' --out text.txt', 'cannot be written'),
+    (distill, FLOW + ' --adversarial 0.1', '--adversarial is for score; leave it out'),
+    (distill, FLOW + ' --candidates 2', '--candidates is for refine; leave it out'),
+    (distill, '{small}/mdlm/teacher --noise-levels 4', '--noise-levels is for flow map; leave it'),
+    (distill, DIFFUSEQ + ' --method rollout', '--method is for flow map; leave it out'),
+    (distill, DIFFUSEQ + ' --beta2 0.9', '--beta2 is for flow map, masked, refine; leave it'),
+    (distill, DIFFUSEQ + ' --reference {small}/diffuseq/student --alpha 1', '--alpha is for score'),
+    (distill, DIFFUSEQ + ' --out new --batch 4 --micro-batches 2', 'score distillation takes one'),
+    # as above, and with the same teacher and reference
+    (distill, STUDENT + ' 5', 'of 2 iterations; --resume continues it, --overwrite replaces it'),
+    (distill, STUDENT + ' 2 --resume', 'has 2 iterations already'),
+    (distill, STUDENT + ' 9 --resume --method semigroup', '--method was rollout, now semigroup'),
+    (distill, STUDENT + ' 9 --resume --lr 0.5', '--lr was 0.002, now 0.5'),
+    (distill, STUDENT + ' 9 --resume --data {dozen}/other-days', 'other data than data'),
+    (distill, '{small}/another/teacher ' + STUDENT.removeprefix(FLOW) + ' 9 --resume',
+     'it has another teacher'),
+    (distill, GENERATOR + ' 9 --resume --reference {small}/diffuseq/student', '--reference was '),
+    (distill, GENERATOR + ' 9 --resume --out {small}/diffuseq/refined --reference {bad}/again.pt',
+     '--reference was '),
+    (distill, '{small}/mdlm/teacher --batch 4 --iters 4 --resume', 'the rounds of'),
 ]
-BAD_STUDENTS = [
-    ('--nonsense 1', 'unrecognized arguments: --nonsense'),
-    ('{small}/flow/teacher --iter 2', 'unrecognized arguments: --iter'),
-    ('--method magic', 'invalid choice'),
-    ('--loss kl', 'invalid choice'),
-    ('', 'first run: python train_teacher.py'),
-    ('missing', 'no such checkpoint'),
-    ('text.txt', 'no such checkpoint'),
-    ('{small}/flow/student', 'is a student already'),
-    ('{small}/diffuseq/student', 'is a student already'),
-    ('{small}/ar/teacher', 'is autoregressive; distil a flow'),
-    ('{small}/mdlm/teacher --guide {small}/mdlm/teacher', "--guide: is for a diffusion's student"),
-    ('{small}/flow/teacher --guide {small}/flow/student', "--guide: is for a diffusion's student"),
-    ('{small}/diffuseq/teacher --guide missing', 'no such checkpoint'),
-    ('{small}/diffuseq/teacher --guide {small}/diffuseq/teacher', 'a student of this teacher'),
-    ('{small}/diffuseq/teacher --guide {small}/flow/student', 'a student of this teacher'),
-    ('{small}/flow/teacher --data missing', 'missing holds no prepared data'),
-    ('{small}/flow/teacher --data {dozen}/bytes', 'has another tokenizer'),
-    ('{small}/flow/teacher --out new --device nonsense', '--device nonsense is not available'),
-    ('{small}/flow/teacher --out new --beta2 1', '--beta2 1: no gradient would ever count'),
-    ('{small}/flow/teacher --out new --batch 7 --parts 2', 'must be a multiple of --parts (2)'),
-    ('{small}/diffuseq/teacher --out new --parts 2', 'score distillation takes as many'),
-    ('{small}/flow/teacher --out text.txt', 'cannot be written'),
-    ('{small}/flow/teacher --out new --iters 1 --dropout 1', '--dropout 1'),
-    ('{small}/flow/teacher --out new --iters 1 --leg 0', '--leg 0'),
-    ('{small}/flow/teacher --out new --noise-values 1', 'must be from 2 to 1000'),
-    ('{small}/flow/teacher --out new --noise-values 1001', 'must be from 2 to 1000'),
-    ('{small}/diffuseq/teacher --out new --guide {small}/diffuseq/student --noise-values 4',
-     "is for a flow's student"),
-    ('{small}/mdlm/teacher --out new --noise-values 4', "is for a flow's student"),
-    ('{small}/flow/teacher --out new --adversarial 0.1', "--adversarial: is for a diffusion's"),
-    ('{small}/flow/teacher --out new --noises 2', "--noises: is for a diffusion's student with"),
-    ('{small}/diffuseq/teacher --out new --beta2 0.9', '--beta2: score distillation'),
-    ('{small}/diffuseq/teacher --out new --method rollout', "--method: is for a flow's student"),
-    ('--leg 2', 'a number from 0 to 1'),
-    ('--rollout 0', 'a whole number from 1'),
-    ('--noises 0', 'a whole number from 1'),
-    ('--fake-ratio 0', 'a whole number from 1'),
-    ('--alpha -1', 'a finite number from 0'),
-    ('--diagonal 1.5', 'a number from 0 to 1'),
-]
-BAD_LINES = [(train_teacher, *line) for line in BAD_TEACHERS]
-BAD_LINES += [(distill, *line) for line in BAD_STUDENTS]
 
 
-@pytest.mark.parametrize('script, words, said', BAD_LINES)
-def test_bad_command_lines_are_one_line_and_change_nothing(
-        dozen, small, tmp_path, monkeypatch, capfd, script, words, said):
+@pytest.mark.parametrize('script, words, said', REFUSED_RUNS)
+def test_what_is_refused_is_one_line_and_changes_nothing(
+        dozen, small, bad, tmp_path, monkeypatch, capfd, script, words, said):
     """A traceback, minutes of work before it, or a file written for a command that cannot be."""
     monkeypatch.chdir(tmp_path)
     Path('text.txt').write_text('text')
     before = files_in(dozen)
 
-    message = refusal(capfd, script, *words.format(dozen=dozen, small=small).split())
+    message = refusal(capfd, script, *words.format(dozen=dozen, small=small, bad=bad).split())
 
-    assert said in message
+    assert said.format(small=small) in message
     assert [path.name for path in tmp_path.iterdir()] == ['text.txt']
     assert files_in(dozen) == before
 
 
-NUMBERS = ['iters', 'batch', 'lr', 'muon-lr', 'beta2', 'clip', 'warmup', 'decay', 'ema', 'given',
-           'dropout', 'eval-every', 'parts', 'seed']
-TEACHERS_NUMBERS = ['layers', 'heads', 'width', 'channels', 'gate', 'anchor']
-STUDENTS_NUMBERS = ['diagonal', 'boundary', 'leg', 'rollout', 'alpha', 'fake-ratio', 'adversarial',
-                    'noises']
+def test_a_reference_is_where_refining_starts_and_stays_what_it_was(small, bad, tmp_path, capfd):
+    """What the reference learned lost, or half of a run with another one."""
+    shutil.copy(bad / 'again.pt', tmp_path / 'reference.pt')
+    words = (small / 'diffuseq/teacher', '--batch', 4, '--out', tmp_path / 'out',
+             '--reference', tmp_path / 'reference.pt')
+    run_main(distill, *words, '--iters', 1)
+    heads = [models.load(path)[0].net.head.weight for path in (tmp_path / 'out', bad / 'again.pt')]
+    shutil.copy(small / 'diffuseq/student/model.pt', tmp_path / 'reference.pt')
+
+    message = refusal(capfd, distill, *words, '--iters', 2, '--resume')
+
+    assert torch.allclose(*heads, atol=0.1)
+    assert 'it has another reference' in message
 
 
-@pytest.mark.parametrize('script, names', [
-    (train_teacher, NUMBERS + TEACHERS_NUMBERS), (distill, NUMBERS + STUDENTS_NUMBERS)])
-@pytest.mark.parametrize('value', ['x', '', '-1', 'nan', 'inf', '9' * 400])
-def test_every_number_of_a_command_line_is_checked(capfd, script, names, value):
-    """nan or a negative number taken for a setting."""
-    for name in names:
-        message = refusal(capfd, script, f'--{name}={value}')
-        assert f'argument --{name}: ' in message
-
-
-@pytest.mark.parametrize('script, names', [
-    (train_teacher, ('data', 'out', 'device')), (distill, ('data', 'out', 'device', 'guide'))])
-def test_every_name_of_a_command_line_is_checked(dozen, small, capfd, script, names):
-    """A traceback for a name that no file can have."""
-    _, *words = commands(dozen, small)['teacher' if script is train_teacher else 'student']
-    for name in names:
-        refusal(capfd, script, *words, '--iters', 1, '--overwrite', f'--{name}={"9" * 400}')
+@pytest.mark.parametrize('script', [train_teacher, distill])
+@pytest.mark.parametrize('value', ['x', '', '-1', 'nan', 'inf', LONG])
+def test_every_option_refuses_what_is_no_value_of_its_own(capfd, script, value):
+    """nan, infinity or a negative number taken for a setting."""
+    names = set(vars(script.parse([])))
+    for name in names - {'data', 'out', 'device', 'teacher', 'reference', 'compile'}:
+        flag = train_teacher.as_flag(name)
+        assert f'argument {flag}' in refusal(capfd, script, f'{flag}={value}')
 
 
 # -----------------------------------------------------------------------------
 # Several processes
 
 
-def free_port():
-    """So that two tests do not meet."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
-
-
-def one_of_two(rank, port, script, words):
-    """One of two processes, as torchrun would start it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
-                      MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    run_main(sys.modules[script], *words)
+def by_the_same_clock(name, words, **environment):
+    """A script whose minutes pass with its iterations, thrice as fast in the second process."""
+    pass_time(setattr, update=[1 / 64, 3 / 64][int(environment['RANK'])])
+    as_command(name, words, **environment)
 
 
 def run_in_two(script, *words):
-    """A script in two processes; they must end well."""
-    port = free_port()
-    pair = [process(one_of_two, rank, port, script.__name__, words) for rank in (0, 1)]
-    for child in pair:
+    """A script in two processes, which must end well."""
+    children = start_in(2, script, *words, target=by_the_same_clock)
+    for child in children:
         child.join()
-        assert child.exitcode == 0
+    assert [child.exitcode for child in children] == [0, 0]
 
 
-@pytest.mark.parametrize('name', ['teacher', 'student'])
-def test_two_processes_train_as_one_with_two_parts_and_resume(dozen, small, tmp_path, name):
-    """Gradients of half the batch, the same noise in both processes, a resume by one of them."""
+def assert_same_state(*folders):
+    """The same weights, averages and optimizers, bit for bit."""
+    states = []
+    for folder in folders:
+        _, ckpt = models.load(folder)
+        states.append([ckpt[name] for name in ('model', 'ema', 'optimizers', 'iter')])
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@BOTH
+def test_two_processes_train_as_one_by_the_clock(dozen, small, tmp_path, monkeypatch, name):
+    """Gradients of half the batch, the same noise in both, or two different ends of a run."""
     script, *words = commands(dozen, small)[name]
+    words = (*words, '--batch', 8, '--micro-batches', 2, '--minutes', 0.01, '--evals', 1)
+    run_in_two(script, *words, '--out', tmp_path / 'two')
+    # which makes the targets of both
+    pass_time(monkeypatch.setattr, targets=1 / 128)
+
+    run_main(script, *words, '--out', tmp_path / 'one')
+
+    assert models.load(tmp_path / 'one')[1]['iter'] > 20
+    assert_same_state(tmp_path / 'one', tmp_path / 'two')
+
+
+def test_two_processes_are_resumed_as_one(dozen, small, tmp_path):
+    """Cached targets, or a checkpoint, that one of two processes lacks."""
+    script, *words = commands(dozen, small)['student']
     # a constant rate, so that the number of iterations changes nothing
-    words = (*words, '--batch', 8, '--decay', 0, '--parts', 2)
-    run_main(script, *words, '--iters', 20, '--out', tmp_path / 'one')
+    words = (*words, '--batch', 8, '--decay', 0, '--micro-batches', 2, '--evals', 1)
+    run_main(script, *words, '--reuse', 1, '--iters', 12, '--out', tmp_path / 'one')
 
-    run_in_two(script, *words, '--iters', 10, '--out', tmp_path / 'two')
-    run_in_two(script, *words, '--iters', 20, '--out', tmp_path / 'two', '--resume')
+    run_in_two(script, *words, '--reuse', 1, '--iters', 6, '--out', tmp_path / 'two')
+    run_in_two(script, *words, '--reuse', 1, '--iters', 12, '--out', tmp_path / 'two', '--resume')
 
-    one = models.load(tmp_path / 'one')[1]
-    two = models.load(tmp_path / 'two')[1]
-    assert (one['iter'], two['iter']) == (20, 20)
-    for part in ('model', 'ema'):
-        for key, value in one[part].items():
-            assert torch.allclose(value, two[part][key], atol=1e-5), key
+    assert_same_state(tmp_path / 'one', tmp_path / 'two')
 
 
 @pytest.mark.parametrize('gpus, device, said', [
     (1, '', '2 processes, but 1 GPUs'), (0, 'meta', 'several processes cannot share meta')])
 def test_processes_need_a_device_each(monkeypatch, capfd, gpus, device, said):
-    """A traceback from within CUDA; processes that do not add up their gradients."""
+    """A traceback from within CUDA, or processes that do not add up their gradients."""
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
@@ -3669,53 +3303,40 @@ def test_processes_need_a_device_each(monkeypatch, capfd, gpus, device, said):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
 
     with pytest.raises(SystemExit) as end:
-        train_teacher.start_processes(Namespace(device=device))
+        train_teacher.start_processes(device)
 
     assert end.value.code == 2
     assert said in capfd.readouterr().err
 
 
-@pytest.mark.parametrize('rank, lines', [('0', 1), ('1', 0)])
-@pytest.mark.parametrize('fail', [models.fail, prepare_data.fail])
-def test_the_first_process_speaks_for_all(monkeypatch, capfd, fail, rank, lines):
-    """The same error eight times."""
-    monkeypatch.setenv('RANK', rank)
-
-    with pytest.raises(SystemExit) as end:
-        fail('no')
-
-    assert end.value.code == 2
-    assert capfd.readouterr().err.count('no\n') == lines
-
-
-def test_a_bad_line_ends_both_processes(dozen, tmp_path):
-    """A process that waits for one that has ended."""
-    port = free_port()
-    words = ('--data', str(dozen / 'none'), '--out', str(tmp_path / 'out'))
-    pair = [process(one_of_two, rank, port, 'train_teacher', words) for rank in (0, 1)]
-    for child in pair:
+def test_a_refused_command_ends_both_processes_with_one_line(dozen, tmp_path):
+    """A process that waits for one that has ended, or the same error eight times."""
+    err = tmp_path / 'err'
+    children = start_in(2, train_teacher, '--data', dozen / 'none', '--out', tmp_path / 'out',
+                        err=err)
+    for child in children:
         child.join(60)
 
-    assert [child.exitcode for child in pair] == [2, 2]
+    assert [child.exitcode for child in children] == [2, 2]
+    assert err.read_text().count('\n') == 1
     assert not (tmp_path / 'out').exists()
 
 
 def test_score_distillation_runs_under_torchrun(small, tmp_path):
     """Fake denoisers that part, as each process follows its own rows; every line printed twice."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-                f'--master_port={free_port()}']
-    words = [distill.__file__, small / 'diffuseq/teacher', '--batch', 8, '--iters', 3,
-             '--adversarial', .1, '--out', tmp_path, '--device', 'cpu']
-
-    command = [str(word) for word in [*launcher, *words]]
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
+             distill.__file__, small / 'diffuseq/teacher', '--batch', 8, '--iters', 3,
+             '--adversarial', 0.1, '--out', tmp_path, '--device', 'cpu', '--evals', 1]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
+                          env=environment)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('next: ') == 1
     _, ckpt = models.load(tmp_path)
     assert ckpt['iter'] == 3
-    assert ckpt['fake']['critic.weight'].isfinite().all()
+    assert ckpt['fake']['discriminator.weight'].isfinite().all()
 
 
 # =============================================================================
@@ -4448,7 +4069,7 @@ def test_published_weights_predict_and_write_as_with_the_authors_code(kind):
     flow.noise = lambda *how: h
     written = {nfe: flow.sample(nothing_given(1), nfe)[0].tolist() for nfe in (1, 4)}
 
-    torch.testing.assert_close(said, torch.tensor(PUBLISHED_SAY[kind]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(said, torch.tensor(PUBLISHED_SAY[kind]), atol=3e-5, rtol=0)
     assert written == PUBLISHED_WRITE[kind]
 
 

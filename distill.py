@@ -333,7 +333,7 @@ class FlowMap(Distillation):
         self.cached = o.method == 'rollout' and o.reuse > 0
         # one for each micro-batch, so that the method does not depend on the number of processes
         self.caches = {}
-        self.iters = None   # of the run
+        self.makes = None   # the iterations that make targets, once it is known how many
         self.filling = True
         self.seconds = []   # that the latest targets took
 
@@ -347,8 +347,8 @@ class FlowMap(Distillation):
 
     def before(self, it, iters, ema, batch):
         # the first iterations make the targets, the others learn them again
-        self.iters = iters
-        self.filling = iters is None or it < math.ceil(iters / max(1, self.o.reuse))
+        self.makes = iters and math.ceil(iters / max(1, self.o.reuse))
+        self.filling = iters is None or it < self.makes
 
     def __call__(self, tokens, given, times, rng):
         h, given, s, t, kind, *target = self.examples(tokens, given, times, rng)
@@ -398,20 +398,22 @@ class FlowMap(Distillation):
         While the cache is being filled, the jumps get their targets and are stored in it; what is
         learned is drawn from it at random.
         """
+        n = len(jumps[0])
         if self.filling:
             start = clock(jumps[0].device)
             # half precision is enough for noise and probabilities
             h, *others = jumps
             jumps = [h.half(), *others, *top_k(self.targets(jumps), self.o.top_k)]
             self.seconds.append(clock(jumps[0].device) - start)
-            iters = math.ceil((self.iters or 0) / self.o.reuse)
-            n = len(jumps[0])
-            cache.make_room(max(cache.size + n, iters * n), jumps)
+            cache.make_room(max(cache.size + n, (self.makes or 0) * n), jumps)
             cache.add(jumps)
-        return cache.draw(len(jumps[0]), rng)
+        else:
+            # before --minutes had become iterations, more may have been made
+            cache.size = min(cache.size, self.makes * n)
+        return cache.draw(n, rng)
 
     def iters_in(self, seconds, per_iter):
-        if not self.cached:
+        if not self.seconds:
             return super().iters_in(seconds, per_iter)
         # targets are made in one of `reuse` iterations
         making = statistics.median(self.seconds[-20:]) * len(self.caches)

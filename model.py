@@ -541,7 +541,7 @@ class OneHotFlow(Model):
 
     def freeze_table(self):
         """For a model whose E does not change any more: compute once what depends on it alone."""
-        self.factor = self.noise_factor()
+        self.factor = self.noise_factor().detach()
         self.table_norm = self.net.embed.detach().norm()
 
     def noise(self, B, L, rng=None):

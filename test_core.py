@@ -2570,15 +2570,17 @@ def test_a_stopped_and_resumed_run_is_the_one_never_stopped(
     assert len(losses[0]) == len(seen) // 100
 
 
-@pytest.mark.parametrize('start, first, known, more', [
+@pytest.mark.parametrize('start, first, each, known, more', [
     # 60 s; in the first 10 s 25 iterations, the last 20 of them in 5 s
-    (0, 4.0, 25, 188),
-    (1000, 4.0, 25, 188),
-    # the first iteration takes more than a fifth of the time, or more than all of it
-    (0, 13.0, 1, 3),
-    (0, 100.0, 1, 1),
+    (0, 4.0, 0.25, 25, 188),
+    (1000, 4.0, 0.25, 25, 188),
+    # the first one, which compiles, takes more than a fifth of the time, or more than all of it
+    (0, 13.0, 0.25, 25, 152),
+    (0, 100.0, 0.25, 25, 1),
+    # two take a tenth of the time
+    (0, 4.0, 4.0, 7, 7),
 ])
-def test_minutes_become_iterations(monkeypatch, start, first, known, more):
+def test_minutes_become_iterations(monkeypatch, start, first, each, known, more):
     """Compiling counted as learning, or a run that is ten times as long as it was to be."""
     now = 0.0
     monkeypatch.setattr(train_teacher, 'time', Namespace(perf_counter=lambda: now))
@@ -2588,7 +2590,7 @@ def test_minutes_become_iterations(monkeypatch, start, first, known, more):
         iters = clock.iters(it, train_teacher.Objective())
         if iters:
             break
-        now += first if it == start else 0.25
+        now += first if it == start else each
 
     assert it == start + known
     assert iters == start + known + more
@@ -3190,9 +3192,10 @@ REFUSED_RUNS = [
     (distill, STUDENT + ' 9 --resume --data {dozen}/other-days', 'other data than data'),
     (distill, '{small}/another/teacher ' + STUDENT.removeprefix(FLOW) + ' 9 --resume',
      'it has another teacher'),
-    (distill, GENERATOR + ' 9 --resume --reference {small}/diffuseq/student', '--reference was '),
+    (distill, GENERATOR + ' 9 --resume --reference {small}/diffuseq/student',
+     'it has another reference'),
     (distill, GENERATOR + ' 9 --resume --out {small}/diffuseq/refined --reference {bad}/again.pt',
-     '--reference was '),
+     'it has another reference'),
     (distill, '{small}/mdlm/teacher --batch 4 --iters 4 --resume', 'the rounds of'),
 ]
 
@@ -4218,7 +4221,8 @@ def test_repetition_does_not_fool_the_distances():
     grams = [bench.all_ngrams(rows, 3) for rows in (real, other, likely)]
 
     assert abs(good) < 0.1 < bad
-    assert bench.ngram_divergence(grams[2], grams[0]) > 2 * bench.ngram_divergence(grams[1], grams[0])
+    near, far = [bench.ngram_divergence(grams[i], grams[0]) for i in (1, 2)]
+    assert far > 2 * near
 
 
 def test_copies_are_found_wherever_they_stand(place):
@@ -4381,9 +4385,9 @@ def test_quality_of_several_models_and_seeds(place, here, capsys):
     written = json.loads(Path('q.json').read_text())
     # ar makes a call for each of 24 tokens, whatever is asked for
     lines = [(line['model'], line['nfe']) for line in written['runs']]
-    assert lines == [('held-out text', ''), ('out/{seed}/student.pt', 1),
-                     ('out/{seed}/student.pt', 2), (ar, 24)]
-    first, second = written['runs'][1]['seeds']
+    assert lines == [('held-out text', ''), ('the same, shuffled', ''),
+                     ('out/{seed}/student.pt', 1), ('out/{seed}/student.pt', 2), (ar, 24)]
+    first, second = written['runs'][2]['seeds']
     assert first['js1'] != second['js1']
     assert (first['train_minutes'], second['train_minutes']) == (1, 61 / 60)
     assert first['gen_ppl'] > 1
@@ -4426,7 +4430,8 @@ def test_figures_of_each_kind_of_data(place, here, capsys, name, words, figures)
         assert nfe == ''
         assert set(theirs) == figures
     names = [name for name, _, _ in references]
-    assert names in (['held-out text'], ['the source itself', 'another target'])
+    assert names in (['held-out text', 'the same, shuffled'],
+                     ['the source itself', 'another target'])
     if name == 'pairs':
         # '7' beside 'tell me 7 more', then 'tell me 8 more', of which three words are right
         scores = [theirs['rouge_l'] for _, _, theirs in references]
@@ -4491,7 +4496,7 @@ def test_what_was_measured_outlives_failure_and_stop(place, here, monkeypatch, c
     # without --out, a name that nothing had
     stopped, = Path('out').glob('quality-*.json')
     for path in (stopped, 'failed.json'):
-        assert [line[1] for line in figures_in(path)] == ['', 2]
+        assert [line[1] for line in figures_in(path)] == ['', '', 2]
 
 
 def test_data_that_were_prepared_again_are_refused(place, here, capsys):

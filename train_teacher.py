@@ -584,6 +584,9 @@ def difference(a, b, fields):
 
 def other_run(ckpt, options, run):
     """How a checkpoint's run differs from this one, as a sentence; '' if it does not."""
+    for name, parent in run.parents.items():
+        if ckpt['parents'].get(name, {}).get('crc') != parent['crc']:
+            return f'it has another {name}'
     for name, value in vars(options).items():
         old = ckpt['options'].get(name, NEUTRAL.get(name))
         if name not in FREE and old != value:
@@ -591,9 +594,6 @@ def other_run(ckpt, options, run):
     changed = difference(ckpt['meta'], run.meta, ('tokenizer', 'crc'))
     if changed:
         return f'its data are {changed}'
-    for name, parent in run.parents.items():
-        if ckpt['parents'].get(name, {}).get('crc') != parent['crc']:
-            return f'it has another {name}'
     return ''
 
 

@@ -4905,9 +4905,12 @@ def recipe(*words):
 def test_commands_of_the_page_and_the_makefile_are_understood():
     """An option that was renamed, but not where people copy it from."""
     targets = re.findall(r'^([\w-]+):', (HERE / 'Makefile').read_text(encoding='utf-8'), re.M)
-    text = PAGE + ''.join(f'    {line}\n' for line in recipe(*targets, 'TEXT=x'))
+    text = PAGE + ''.join(f'    {line}\n' for line in recipe(*targets, 'CAPTIONS=x'))
+    for page in (HERE / 'assets').glob('*.md'):
+        text += page.read_text(encoding='utf-8')
 
     found = re.findall(r'^\s+.*?\b(\w+\.py)( [^#`&|\n]*)?(?:#.*)?$', text, re.M)
+    found += re.findall(r'`python (\w+\.py)( [^`]*)?`', text)
     commands = [(name, shlex.split(words)) for name, words in found if name in SCRIPTS]
     for name, words in commands:
         SCRIPTS[name].parse(words)

@@ -112,7 +112,7 @@ def parse(argv=None):
     quality_parser = kinds.add_parser('quality', help='samples beside real text')
     speed_parser = kinds.add_parser('speed', help='time to write rows, beside its roofline bound')
     train_parser = kinds.add_parser('train', help='time and memory of one training iteration')
-    kinds.add_parser('tables', help='write the tables of README.md and assets/*.md anew')
+    kinds.add_parser('tables', help='regenerate the tables in README.md and assets/*.md')
     add_quality(quality_parser)
 
     add = speed_parser.add_argument
@@ -233,7 +233,7 @@ def generative_perplexity(rows, meta, scorer):
     device = next(scorer.parameters()).device
     nats = 0.0
     tokens = 0
-    for part in rows.split(256):
+    for part in rows.split(max(1, 8192 // rows.shape[1])):
         part = part.to(device)
         scored = scored_positions(part, meta)
         # what is given does not count
@@ -331,7 +331,7 @@ def newest_pair():
         fail('out/ holds no student; name a model, or make one: python distill.py')
     names = [str(path)]
     _, ckpt = load(path)
-    # weights that were exported may not say
+    # published weights do not say
     parents = ckpt.get('parents', {})
     if 'teacher' in parents and os.path.isfile(parents['teacher']['path']):
         names.append(parents['teacher']['path'])
@@ -412,7 +412,7 @@ def rows_to_draw(options, meta, held):
     rows = min(options.rows, most) // each * each
     least = each if meta['pairs'] else 2
     if rows < least:
-        fail(f'--rows {options.rows}, of {held} held-out rows: fewer than {least} samples')
+        fail(f'--rows {options.rows}, of {held} held-out rows: too few; need {least}')
     if rows != options.rows:
         say(f'{held} rows are held out: measuring {rows} samples, not {options.rows}')
     return rows
@@ -653,7 +653,7 @@ def calls_of(config, calls):
 # Speed: measured beside the roofline bound, the time that the machine must take
 
 def median_seconds(work):
-    """Median seconds of work(), after warm-up; an accelerator is waited for."""
+    """Median seconds of work(), after warm-up; accelerators are synchronized."""
     threads = torch.get_num_threads()
     timer = Timer('work()', globals={'work': work}, num_threads=threads)
     times = timer.adaptive_autorange(min_run_time=1, max_run_time=10)
@@ -661,7 +661,7 @@ def median_seconds(work):
 
 
 def machine_rates(device):
-    """What a machine reaches: FLOP/s of a large product, bytes/s read or written by a copy."""
+    """Measured peaks: FLOP/s of a large matmul, bytes/s read or written by a copy."""
     n = 1024
     size = 2 ** 26  # floats
     if device.type == 'cuda':
@@ -714,7 +714,7 @@ def row_flops(model, nfe):
     calls = nfe * forward_flops(weights, c.layers, c.length, c.width)
     by_table = 2 * c.length * c.vocab * c.channels  # a product with E, at each position
     if c.model == 'flm':
-        # between two calls the noisy row moves towards p E
+        # between two calls the noisy row moves toward p E
         return calls + (nfe - 1) * by_table
     if c.model == 'diffuseq':
         # after the last call x is rounded
@@ -754,7 +754,7 @@ def roofline_bound(model, rows, nfe, rates, number_size):
 
 
 def heads_of(width):
-    """As many heads as there are in width if each has 64 channels, or what divides it."""
+    """The number of heads, each of gcd(width, 64) channels."""
     return width // math.gcd(width, 64)
 
 
@@ -775,7 +775,7 @@ def open_timed(name, layers, device):
     """The model of a name, a checkpoint's or kind,L,V,D, on a device."""
     size = untrained_size(name)
     if size is None and ',' in name and not os.path.exists(name):
-        fail(f'{name} is no checkpoint; sizes are KIND,L,V,D, as in student,32,2048,128')
+        fail(f'{name}: neither a checkpoint nor KIND,L,V,D such as student,32,2048,128')
     if size is None:
         model, _ = load(with_seed(name, 0), device)
     else:
@@ -879,7 +879,7 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """The ceiling: what a transformer of this size reaches that is as plain as can be."""
+    """The ceiling: a transformer of this size, as plain as possible."""
 
     def __init__(self, length, vocab, width, layers):
         super().__init__()
@@ -920,7 +920,7 @@ def dense_loss(model, tokens, given, tau):
 
 
 def peak_memory(device):
-    """The most bytes that this process has held since this was asked before; None if unknown."""
+    """Peak memory in bytes since the last call, which resets it; None if unknown."""
     if device.type == 'cuda':
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -1210,7 +1210,7 @@ def page_table(path, link, entries):
         chosen = [run for run in runs if run['model'].endswith(end)]
         names = {run['model'] for run in chosen}
         if len(names) != 1:
-            fail(f'{path}: {end!r} is not the end of exactly one model')
+            fail(f'{path}: {end!r} must be the end of one name')
         for nfe, figures in page_figures(chosen).items():
             if calls and str(nfe) not in calls.split():
                 continue
@@ -1248,7 +1248,7 @@ def main(options):
     device = pick_device(options.device)
     # what is timed is the first GPU
     if device.type == 'cuda' and device.index:
-        fail(f'--device {device}: name a GPU by CUDA_VISIBLE_DEVICES={device.index} in place of it')
+        fail(f'--device {device}: set CUDA_VISIBLE_DEVICES={device.index} instead')
     kinds = {'quality': quality, 'speed': speed, 'train': train}
     kinds[options.what](options, device)
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from model import (EMBEDDING_NOISE, autocast, build, checkpoint_path, draw, generator, load,
                    mask_specials, newest_checkpoint, row_mean, semigroup_weight, token_weights,
-                   write_rows)
+                   sample_rows)
 from train_teacher import (Objective, Run, add_training_options, all_reduce, batch_of, check_out,
                            choose_micro_batches, compile_on_gpu, default_machine, difference,
                            fill_in, first_line, get_batch, kind_of_data, last_lines,
@@ -119,6 +119,13 @@ ONLY_FOR = {
     'muon_lr': ['flow map', 'masked', 'refine'],
     'beta2': ['flow map', 'masked', 'refine'],
 }
+# likewise, the methods of a flow map
+ONLY_FOR_METHOD = {
+    'rollout': ['rollout'],
+    'reuse': ['rollout'],
+    'top_k': ['rollout'],
+    'substep': ['lagrangian', 'eulerian'],
+}
 
 
 def parse(argv=None):
@@ -140,7 +147,8 @@ def parse(argv=None):
     add('--rollout', type=positive_int, help="rollout: network calls of the teacher's trajectory")
     add('--reuse', type=nonnegative_int,
         help='rollout: how often a target is learned on average; 0: once, without a cache')
-    add('--top-k', type=positive_int, help='rollout: tokens that a cached target keeps of each p')
+    add('--top-k', type=number(int, 2, 100_000),
+        help='rollout: tokens that a cached target keeps of each p')
     add('--noise-levels', type=number(int, 0, 1000),
         help='flow: quantization levels of the noise; 0: not quantized')
     # score distillation
@@ -159,7 +167,7 @@ def parse(argv=None):
     add('--reference', default='',
         help="a diffusion's student, which is frozen: a copy of it is refined")
     add('--candidates', type=positive_int,
-        help='--reference: of so many noises the least certain one is learned')
+        help='--reference: noise samples per row; the least confident one is trained on')
     add_training_options(add)
     return parser.parse_args(argv)
 
@@ -175,7 +183,7 @@ class Distillation(Objective):
         cpu = torch.device('cpu')
         _, given = get_batch(run.val, run.meta, 200, 0.0, generator(cpu, 1, 1), cpu)
         for nfe in (4, 2, 1):
-            rows, _ = write_rows(ema, given, nfe, seed=1)
+            rows, _ = sample_rows(ema, given, nfe, seed=1)
             log.record(it, iters, nfe=nfe, **sanity_metrics(rows, run.meta, str(run.data)))
 
 
@@ -255,7 +263,7 @@ def rollout_target(student, teacher, h, given, s, t, o):
     """
     ours: delta_{s,t}(h) along the teacher's trajectory, in o.rollout steps from s to t: (B, L, V).
     A student trained on jumps of its own may drift away from its teacher; this one cannot. Steps
-    are of second order (Adams-Bashforth), so that half as many do as of Euler's.
+    are of second order (Adams-Bashforth), which needs half as many as Euler.
     """
     # with stagger the first steps decide what the text is about: shorter ones keep it diverse
     power = 1.5 if teacher.config.stagger > 0 else 1.0
@@ -289,8 +297,8 @@ def top_k(p, k):
 
 class TargetCache:
     """
-    ours: jumps with the teacher's targets, kept to be learned several times: a target takes
-    --rollout calls of the teacher, learning it the time of about three. Distillation from stored
+    ours: jumps with the teacher's targets, kept to be learned several times: a target costs
+    --rollout calls of the teacher, training on it about three. Distillation from stored
     teacher trajectories was first done for images: arXiv:2101.02388.
     """
 
@@ -453,7 +461,8 @@ def sid_loss(x, teacher_x, fake_x, alpha):
     each position, from three (B, L, C) -> (B, L), with gradient through all three. x is generated;
     teacher_x and fake_x are what the teacher and the fake score network predict it was, from x_t.
     Where they agree at all noise levels, the student writes as the data do. With a perfect fake
-    network its mean is (1 - alpha) E|teacher_x - fake_x|^2, 0 at alpha = 1: no progress meter.
+    network its mean is (1 - alpha) E|teacher_x - fake_x|^2, 0 at alpha = 1, so it
+    does not measure progress.
     """
     gap = teacher_x - fake_x
     return ((1 - alpha) * gap.square() + gap * (fake_x - x)).mean(-1)
@@ -575,7 +584,7 @@ def adam(module, lr):
 
 
 # -----------------------------------------------------------------------------
-# Part 3. SDTT: the rival that a one-call flow is compared with
+# Part 3. SDTT: a baseline for one-call flows
 
 class MaskedDistillation(Distillation):
     """
@@ -590,6 +599,7 @@ class MaskedDistillation(Distillation):
         self.o = o
         self.optimizers = make_optimizers(student, o)
         self.step = None
+        self.round = None
 
     @staticmethod
     def student_config(config, o):
@@ -606,10 +616,13 @@ class MaskedDistillation(Distillation):
     def before(self, it, iters, ema, batch):
         """Where a round begins, the student so far becomes the teacher."""
         length = math.ceil(iters / self.o.rounds) if iters else it + 1
-        if it > 0 and it % length == 0:
+        if self.round is None:
+            self.round = max(0, it - 1) // length
+        if it // length > self.round:
+            self.round = it // length
             self.teacher.load_state_dict(ema.state_dict())
         # the teacher's step, half of the student's, which in the last round is 1 / final_calls
-        halvings = self.o.rounds - it // length
+        halvings = self.o.rounds - self.round
         self.step = 1 / (self.o.final_calls * 2 ** halvings)
 
     def times(self, n, cpu):
@@ -794,9 +807,14 @@ def main(o):
     meta, train_ids, val_ids = load_same_data(data, teacher_ckpt, path)
 
     # settings
-    refuse_unused(o, ONLY_FOR, method, 'this student')
     machine = o.preset or default_machine(device)
-    fill_in(o, preset(machine, method, kind_of_data(meta)))
+    settings = preset(machine, method, kind_of_data(meta))
+    refuse_unused(o, ONLY_FOR, method, 'this student')
+    targets = o.method or settings['method']
+    refuse_unused(o, ONLY_FOR_METHOD, targets, f'--method {targets}')
+    fill_in(o, settings)
+    if o.noise_levels == 1:
+        fail('--noise-levels 1: noise of one level is none; give 0, or at least 2')
     parts = choose_micro_batches(o, world, meta, device, logits=METHODS[method].logits)
 
     # where it writes, and what is there

@@ -484,7 +484,7 @@ class OneHotFlow(Model):
             return self.taus
         # from the mean times at which losses were measured to the grid
         loss = piecewise_linear(grid, sums[1] / sums[2], sums[0] / sums[2])
-        # strictly decreasing, so that it can be inverted
+        # not increasing; the mixture with the grid below makes it invertible
         loss = torch.cummin(loss, 0).values - 1e-6 * grid
         left = (loss - loss[-1]) / (loss[0] - loss[-1])
         if self.config.reparam == 'root':
@@ -1082,12 +1082,11 @@ def generator(device, *key):
 
 
 @torch.inference_mode()
-def write_parts(model, given, nfe, seed, **how):
+def sample_batches(model, given, nfe, seed, **how):
     """
     model.sample for given (B, L), at most 256 rows at a time: yields rows on the CPU, and seconds.
     """
     device = next(model.parameters()).device
-    # 2: apart from the noise of training
     rng = generator(device, seed, 2)
     # so that (rows, L, V) stays below 4 GB
     rows_at_once = max(1, min(256, 2 ** 30 // model.config.vocab // given.shape[1]))
@@ -1098,9 +1097,9 @@ def write_parts(model, given, nfe, seed, **how):
         yield rows, time.perf_counter() - start
 
 
-def write_rows(model, given, nfe, seed, **how):
-    """All rows of write_parts, (B, L), and seconds."""
-    rows, seconds = zip(*write_parts(model, given, nfe, seed, **how))
+def sample_rows(model, given, nfe, seed, **how):
+    """All rows of sample_batches, (B, L), and seconds."""
+    rows, seconds = zip(*sample_batches(model, given, nfe, seed, **how))
     return torch.cat(rows), sum(seconds)
 
 

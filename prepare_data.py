@@ -212,7 +212,7 @@ def check_output(flag, path, suffix, overwrite):
         fail(f'{flag} {path}: the name must end in {suffix}')
     if os.path.isdir(path):
         fail(f'{flag} {path}: is a folder; give the name of a file')
-    check_replace(path, overwrite, 'nothing is replaced unasked')
+    check_replace(path, overwrite, 'it would be overwritten')
 
 
 def check_replace(path, overwrite, what):
@@ -344,8 +344,8 @@ def read_gpt2():
     try:
         gpt2 = tiktoken.get_encoding('gpt2')
     except Exception as error:      # requests, urllib3 and tiktoken raise dozens of kinds
-        fail(f'gpt2 cannot be fetched: there is no network, or it failed ({type(error).__name__}); '
-             f'fill TIKTOKEN_CACHE_DIR, or use --tokenizer bpe:8192')
+        fail(f'gpt2 cannot be downloaded ({type(error).__name__}); check the network, '
+             f'set TIKTOKEN_CACHE_DIR, or use --tokenizer bpe:8192')
     tokens = [gpt2.decode_single_token_bytes(i).decode('latin-1') for i in range(50256)]
     return gpt2._pat_str, tokens
 
@@ -353,9 +353,9 @@ def read_gpt2():
 def tokenizer_name(text):
     """An argparse type: a tokenizer for any text."""
     # ids are uint16, which ends at 65535
-    if not re.fullmatch('gpt2|byte|bert:.+|(bpe|words):[1-5]?[0-9]{2,4}', text):
+    if not re.fullmatch('gpt2|byte|bert:.+|(bpe|words):([1-9][0-9]{1,3}|[1-5][0-9]{4})', text):
         raise argparse.ArgumentTypeError(
-            f'{text[:40]!r} is not gpt2, byte, bpe:N, words:N (N up to 59999) or bert:vocab.txt')
+            f'{text[:40]!r} is not gpt2, byte, bpe:N, words:N (N: 10 to 59999) or bert:vocab.txt')
     return text
 
 
@@ -808,7 +808,7 @@ def read_json(path, known):
     text = read_text(path).strip()
     # lines are joined to an array, in which the position of an error has its line
     if not text.startswith('['):
-        text = '[' + re.sub(r'\n\s*', ',\n', text) + ']'
+        text = '[' + re.sub(r'\n(\s*)', r',\n\1', text) + ']'
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -837,7 +837,7 @@ def read_table(path, known):
         # DictReader puts cells that are too many under None, and None for those that are missing
         if None in record or None in record.values():
             names = ', '.join(reader.fieldnames)
-            fail(f'{path}, line {reader.line_num}: not a cell for each of the columns {names}')
+            fail(f'{path}, line {reader.line_num}: needs one cell per column: {names}')
         records.append(record)
     return records
 
@@ -849,7 +849,7 @@ def read_parquet(path, known):
     try:
         return parquet.read_table(io.BytesIO(read_bytes(path))).to_pylist()
     except (ArrowException, OSError):
-        fail(f'{path}: damaged, or no parquet; fetch or make it anew')
+        fail(f'{path}: damaged, or not parquet; download it again')
 
 
 READERS = {'.jsonl': read_json, '.ndjson': read_json, '.json': read_json, '.csv': read_table,
@@ -881,7 +881,7 @@ def read_records(source, records, known, left_out):
         for text in texts:
             # JSON can write "\\u0000", and half of an emoji, "\\ud83d"
             if not isinstance(text, str) or re.search('[\0\ud800-\udfff]', text):
-                fail(f'{where}: holds what is not text: {text!r:.60}')
+                fail(f'{where}: has a value that is not text: {text!r:.60}')
         # of Quora's pairs only those labeled as asking the same
         label = record.get('label', record.get('is_duplicate', 1))
         if columns[0] == 'question1' and str(label) not in ('1', 'True'):
@@ -1264,7 +1264,7 @@ def parse(argv=None):
         help='gpt2, bpe:N, words:N (rows with other words are left out), byte, or bert:vocab.txt '
              '(lower case without line breaks); default: what suits the text')
     add('--length', type=number(int, 4, 65536),
-        help='tokens per row; default: 32, for rows what holds 95 %% of the texts, up to 128')
+        help='tokens per row; default: 32, for rows, what fits 95 %% of the texts, at most 128')
     add('--val', type=number(float, 0.0001, 0.9999),
         help='fraction held out, of a stream its end; default: 0.1, for most sets of the hub less')
     add('--data', default='data', help='the folder that receives NAME/')
@@ -1280,7 +1280,7 @@ def parse(argv=None):
 
 
 def check(args):
-    """Stop at options that cannot be, before anything is read."""
+    """Reject invalid options before anything is read."""
     files = args.input or [args.name]
     mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(Path, files)])
     if args.name not in SETS and not args.input:
@@ -1288,9 +1288,9 @@ def check(args):
     if args.name in ('stories', 'dates') and (args.input or args.tokenizer != args.name):
         fail(f'{args.name} takes neither --input nor --tokenizer; for your own text: {mine}')
     if not re.fullmatch(r'(?!cache$)\w[\w.-]*', args.name, re.IGNORECASE):
-        fail(f'NAME {args.name!r}: must be of letters, digits, "_", "-" and ".", and not cache')
+        fail(f'NAME {args.name!r}: use letters, digits, "_", "-" and "."; "cache" is reserved')
     if args.columns and (len(args.columns) > 2 or not args.input):
-        fail('--columns: of your own --input, name one of texts or two of pairs')
+        fail('--columns: needs --input, and one column (texts) or two (pairs)')
 
 
 def main(argv=None):
@@ -1319,7 +1319,7 @@ def main(argv=None):
 
     tokenizer = args.tokenizer or choose_tokenizer(items, kind)
     if kind == 'stream' and tokenizer.startswith('words:'):
-        fail(f'--tokenizer {tokenizer}: leaves out rows with other words, which a stream lacks; '
+        fail(f'--tokenizer {tokenizer}: needs rows, as it drops those with other words; '
              f'add --rows, or take bpe:2048')
     # of a column of the hub so many documents show what is frequent
     seen = items if isinstance(items, list) else items[:100_000]

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (MODELS, Config, build, load, newest_checkpoint, pick_device, reparameterization,
-                   round_weights, save, write_parts, write_rows)
+                   round_weights, save, sample_batches, sample_rows)
 from train_teacher import as_flag, difference, refuse_unused
 
 # the weights that come with this code
@@ -78,7 +78,7 @@ def add_sampler_options(add):
         help='flm: fresh noise after each call; 0: none, 1: as much as the time allows [0]')
     add('--method', choices=['ancestral', 'ddim'], help='diffuseq: the sampler [ancestral]')
     add('--clamp', action='store_true', default=None,
-        help='diffuseq: each prediction becomes the nearest embedding')
+        help='diffuseq: snap predictions to the nearest embedding')
 
 
 def parse(argv=None):
@@ -112,14 +112,14 @@ def parse(argv=None):
     one_of('--compare', metavar='TEACHER',
            help='its texts in 1 and 64 calls beside ours, from the same noise if both have any')
     one_of('--info', action='store_true', help='describe the checkpoint and stop')
-    one_of('--export', metavar='FILE', help='write the averaged weights, in half precision')
+    one_of('--export', metavar='FILE', help='write the averaged (EMA) weights in half precision')
     add('--film', metavar='SVG', help="--compare: draw the teacher's calls above our texts")
     add('--overwrite', action='store_true', help='--film and --export may replace a file')
     return parser.parse_args(argv)
 
 
 def check_options(options):
-    """Stop at what cannot be, before a model is loaded."""
+    """Reject invalid options before a model is loaded."""
     if options.official is not None and options.checkpoint is not None:
         fail(f'--official {options.official} and {options.checkpoint}: name one of them')
     if options.film is not None and options.compare is None:
@@ -256,7 +256,7 @@ def known_ids(writer, where, text):
     if where == '--prompt':
         return encode(writer.encoding, text)
     if not re.search(HOLE, text):
-        fail('--infill has no hole; put a _ for each token that is to be written')
+        fail('--infill has no blank; put one _ for each token to generate')
     # texts and holes in turn: the pattern in brackets keeps the holes
     ids = []
     for part in re.split(f'({HOLE})', text):
@@ -297,7 +297,7 @@ def known_rows(writer, texts, n):
 def warm_up(model, given, nfe, seed):
     """One call, which is slower than those that follow; a line if all of them will take long."""
     part = given[:256]
-    _, seconds = write_rows(model, part, 1, seed)
+    _, seconds = sample_rows(model, part, 1, seed)
     # an autoregressive model has made all of its calls
     if model.config.model != 'ar':
         seconds *= nfe
@@ -310,7 +310,7 @@ def warm_up(model, given, nfe, seed):
 def timed_rows(model, given, nfe, seed, **how):
     """Rows for given (B, L) on the CPU, and milliseconds per row."""
     warm_up(model, given, nfe, seed)
-    rows, seconds = write_rows(model, given, nfe, seed, **how)
+    rows, seconds = sample_rows(model, given, nfe, seed, **how)
     ms = 1000 * seconds
     return rows, ms / len(rows)
 
@@ -392,7 +392,7 @@ def sanity_line(writer, rows, nfe, ms, seed):
 
 
 def best_as_written(parts, n, writer):
-    """The best of each n rows, as soon as these are there: (rows, seconds), see write_parts."""
+    """The best of each n rows, as soon as these are there: (rows, seconds), see sample_batches."""
     pending = torch.empty(0, writer.meta['length'], dtype=torch.long)
     for rows, seconds in parts:
         rows = torch.cat([pending, rows])
@@ -426,7 +426,7 @@ def write(writer, options):
         tell('--watch draws in a terminal only; here the texts alone are printed')
 
     warm_up(model, given, nfe, options.seed)
-    parts = write_parts(model, given, nfe, options.seed, **how)
+    parts = sample_batches(model, given, nfe, options.seed, **how)
     if options.mbr:
         parts = best_as_written(parts, candidates, writer)
     written = []
@@ -653,7 +653,7 @@ def export(path, model, ckpt):
 # -----------------------------------------------------------------------------
 # The weights that the authors of FLM and FMLM publish: huggingface.co/david3684
 
-# how the commits begin whose files are known
+# prefixes of the pinned commits
 PUBLISHED = {
     'FLM-B-LM1B': 'cd0ca433',
     'FMLM-B-LM1B': '356592ce',
@@ -686,6 +686,7 @@ def published(name):
     file = Path(name)
     folder = Path('out') / (file.resolve().parent.name if file.suffix else name)
     if os.path.isfile(folder / 'model.pt'):
+        tell(f'{folder}/model.pt: converted before')
         return folder / 'model.pt'
     if not file.suffix:
         if name not in PUBLISHED:
@@ -720,12 +721,12 @@ def fetch(repo, name, commit=''):
     try:
         # the hub wants the whole name of a commit
         commits = [found.commit_id for found in HfApi().list_repo_commits(repo)]
-        revision = [found for found in commits if found.startswith(commit)][0]
+        revision = next((found for found in commits if found.startswith(commit)), commit)
         return hf_hub_download(repo, name, revision=revision)
     except Exception as error:  # the hub's client raises dozens of kinds
         reason = ' '.join(str(error).split())[:200]
-        fail(f'{repo} cannot be fetched ({type(error).__name__}: {reason}); see to the network and '
-             'to room on the disk, and try again')
+        fail(f'{repo} cannot be fetched ({type(error).__name__}: {reason}); check the network and '
+             'the space on the disk, and try again')
 
 
 def read_safetensors(path):
@@ -743,7 +744,7 @@ def read_safetensors(path):
             numbers = numbers.view(dtypes[about['dtype']])
             tensors[name] = numbers.view(about['shape']).float()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        fail(f'{path}: is no whole .safetensors file; download it again')
+        fail(f'{path}: damaged, or not a .safetensors file; download it again')
     return tensors
 
 
@@ -754,16 +755,16 @@ def from_published(theirs, length, new):
     """
     vocab, width = theirs['vocab_embed.embedding'].shape
     layers = sum(name.endswith('attn_qkv.weight') for name in theirs)
-    half = len(theirs.pop('rotary_emb.inv_freq'))
-    config = Config(
-        vocab=vocab + new, length=length, layers=layers, heads=width // (2 * half), width=width,
-        channels=width, network='paper', calls=int('sigma_map_prime.mlp.0.weight' in theirs),
-        cond=len(theirs['sigma_map.mlp.0.weight']), dropout=0.1)
-    flow = build(config)
-    # a fresh bias holds the 1 of their 1 + scale
-    fresh = flow.net.modulation.bias.detach()
-
     try:
+        half = len(theirs.pop('rotary_emb.inv_freq'))
+        config = Config(
+            vocab=vocab + new, length=length, layers=layers, heads=width // (2 * half), width=width,
+            channels=width, network='paper', calls=int('sigma_map_prime.mlp.0.weight' in theirs),
+            cond=len(theirs['sigma_map.mlp.0.weight']), dropout=0.1)
+        flow = build(config)
+        # a fresh bias holds the 1 of their 1 + scale
+        fresh = flow.net.modulation.bias.detach()
+
         ours = {
             'embed': F.pad(theirs.pop('vocab_embed.embedding'), (0, 0, 0, new)),
             'norm': theirs.pop('output_layer.norm_final.weight'),
@@ -790,7 +791,7 @@ def from_published(theirs, length, new):
             raise KeyError(left[0])
         flow.net.load_state_dict(ours)
     except (KeyError, RuntimeError) as error:
-        fail(f'these weights are not of FLM or FMLM as it is known here: {str(error)[:200]}')
+        fail(f'not a known FLM or FMLM checkpoint: {str(error)[:200]}')
     # tau(t) of their vocabulary, without the new ids
     _, taus = reparameterization(vocab)
     flow.taus.copy_(taus)
@@ -830,7 +831,7 @@ def main(options):
     # the same noise can be shown, and the same text be given
     changed = difference(ours.meta, teacher.meta, ('tokenizer', 'length', 'kind', 'pairs'))
     if changed:
-        fail(f'--compare {teacher.path}: it has {changed}, beside {path}')
+        fail(f'--compare {teacher.path} does not match {path}: it has {changed}')
     check_model(options, [model, other], ours.meta['pairs'], path)
     compare(ours, teacher, options)
 

@@ -572,22 +572,23 @@ BAD_FILES = [
     ('a.png', b'\x89PNG\r\n\x1a\n\0\0', 'line 1: has a NUL character, so it is not text'),
     ('a.docx', b'PK\3\4\x14\0\xff', 'is a zip; unpack it'),
     ('a.xz', lzma.compress(PROSE.encode())[:40], 'not a whole compressed file'),
-    ('a.parquet', b'PAR1 no PAR1', 'damaged, or no parquet'),
-    ('a.jsonl', b'{"text": "b"}\n{"text": "a\\ud83d"}', 'record 2: holds what is not text'),
+    ('a.parquet', b'PAR1 no PAR1', 'damaged, or not parquet'),
+    ('a.jsonl', b'{"text": "b"}\n{"text": "a\\ud83d"}', 'record 2: has a value that is not text'),
     ('a.jsonl', b'{"text": "a"}\n{"text": ', 'line 2: not JSON; give one record a line'),
+    ('a.jsonl', b'{"text": "a"}\n\n\n{"text": ', 'line 4: not JSON; give one record a line'),
     ('a.json', b'[' * 10 ** 5, 'line 1: not JSON'),
     ('a.jsonl', b'{"txt": "a", "id": 1}', 'has the columns txt, id; needs text, or name one'),
-    ('a.tsv', b'a\tb\nc\n', 'line 2: not a cell for each of the columns source, target'),
-    ('a.csv', b'src,trg\na,b\nc,d,e\n', 'line 3: not a cell for each of the columns src, trg'),
+    ('a.tsv', b'a\tb\nc\n', 'line 2: needs one cell per column: source, target'),
+    ('a.csv', b'src,trg\na,b\nc,d,e\n', 'line 3: needs one cell per column: src, trg'),
 ]
 # a command, and what is said of it where good.txt holds PROSE
 BAD_WORDS = [
     ('nonsense', 'not one of stories'),
     ('mine good.txt', 'each value goes after its option, as in --input FILE'),
     ('x --input -good.txt', 'a value that begins with "-" is written with "="'),
-    ('../x --input good.txt', 'must be of letters'),
+    ('../x --input good.txt', 'use letters'),
     ('x --input good.txt --tokenizer stories', 'is not gpt2, byte, bpe:N, words:N'),
-    ('x --input good.txt --tokenizer words:50', 'leaves out rows with other words'),
+    ('x --input good.txt --tokenizer words:50', 'needs rows, as it drops those with other words'),
     ('dates --tokenizer byte', 'takes neither --input nor --tokenizer'),
     ('x --input good.txt --columns text', 'is text, which has no columns'),
     ('x --input *.txt', 'cannot be read (No such file'),
@@ -1515,12 +1516,12 @@ def test_rounded_weights_write_the_same(monkeypatch):
     monkeypatch.setattr(models, 'autocast', in_bf16)
     flow = tiny(calls=1, channels=8)
     given = nothing_given(64)
-    want, _ = models.write_rows(flow, given, 3, seed=1)
+    want, _ = models.sample_rows(flow, given, 3, seed=1)
 
     models.round_weights(flow)
 
     assert flow.net.head.weight.dtype == torch.bfloat16
-    found, _ = models.write_rows(flow, given, 3, seed=1)
+    found, _ = models.sample_rows(flow, given, 3, seed=1)
     assert found.equal(want)
     assert len(found.unique(dim=0)) > 30
 
@@ -1854,8 +1855,8 @@ def test_given_tokens_come_back_and_special_ids_are_never_written(kind, more, ho
     bias.data[-2:] += 10
     seen = []
 
-    rows, _ = models.write_rows(net, given, 3, seed=0, on_call=lambda i, x: seen.append(i), **how)
-    plain, _ = models.write_rows(net, given, 3, seed=0)
+    rows, _ = models.sample_rows(net, given, 3, seed=0, on_call=lambda i, x: seen.append(i), **how)
+    plain, _ = models.sample_rows(net, given, 3, seed=0)
 
     assert torch.equal(rows[given >= 0], tokens[given >= 0])
     assert rows.min() >= 0
@@ -1872,7 +1873,7 @@ def test_low_temperature_leaves_fewer_tokens(kind):
 
     counts = []
     for temperature in (0.05, 9.0):
-        rows, _ = models.write_rows(net, nothing_given(500), 4, seed=0, temperature=temperature)
+        rows, _ = models.sample_rows(net, nothing_given(500), 4, seed=0, temperature=temperature)
         counts.append(sum(torch.bincount(column).max() for column in rows.T))
 
     # of the most frequent token at each position
@@ -2469,7 +2470,7 @@ def valid_fraction(folder, path):
     rows = torch.from_numpy(prepare_data.as_rows(train, 23)).repeat(40, 1)
     given = train_teacher.up_to(rows, meta, '<sep>')
     net, _ = models.load(folder / path)
-    written, _ = models.write_rows(net, given, 1, seed=0)
+    written, _ = models.sample_rows(net, given, 1, seed=0)
     return prepare_data.sanity_metrics(written, meta)['valid']
 
 
@@ -3184,10 +3185,15 @@ REFUSED_RUNS = [
     (distill, DIFFUSEQ + ' --beta2 0.9', '--beta2 is for flow map, masked, refine; leave it'),
     (distill, DIFFUSEQ + ' --reference {small}/diffuseq/student --alpha 1', '--alpha is for score'),
     (distill, DIFFUSEQ + ' --out new --batch 4 --micro-batches 2', 'score distillation takes one'),
+    (distill, FLOW + ' --method semigroup --reuse 3', '--reuse is for rollout; leave it out'),
+    (distill, FLOW + ' --substep 0.5', '--substep is for lagrangian, eulerian; leave it out'),
+    (distill, FLOW + ' --noise-levels 1', 'give 0, or at least 2'),
+    (distill, FLOW + ' --top-k 1', 'argument --top-k'),
     # as above, and with the same teacher and reference
     (distill, STUDENT + ' 5', 'of 2 iterations; --resume continues it, --overwrite replaces it'),
     (distill, STUDENT + ' 2 --resume', 'has 2 iterations already'),
-    (distill, STUDENT + ' 9 --resume --method semigroup', '--method was rollout, now semigroup'),
+    (distill, STUDENT.replace('--rollout 2', '') + ' 9 --resume --method semigroup',
+     '--method was rollout, now semigroup'),
     (distill, STUDENT + ' 9 --resume --lr 0.5', '--lr was 0.002, now 0.5'),
     (distill, STUDENT + ' 9 --resume --data {dozen}/other-days', 'other data than data'),
     (distill, '{small}/another/teacher ' + STUDENT.removeprefix(FLOW) + ' 9 --resume',
@@ -3479,8 +3485,8 @@ REFUSED = [
     ('sample student.pt --compare longer.pt', 'rows of 32 tokens'),
     # and texts
     ('sample student.pt --prompt " "', '--prompt is empty'),
-    ('sample student.pt --infill abc', 'no hole'),
-    (r'sample student.pt --infill "a\_c"', 'no hole'),
+    ('sample student.pt --infill abc', 'has no blank'),
+    (r'sample student.pt --infill "a\_c"', 'has no blank'),
     ('sample student.pt --prompt aaaaaaaaaaaaaaaaaaaaaaaa', '24 tokens'),
     ('sample dates.pt --source 1987-03-23x', "'x' is not in the vocabulary"),
     ('sample dates.pt', 'holds no source', b''),
@@ -3491,7 +3497,7 @@ REFUSED = [
     ('bench', 'WHAT'),
     ('bench quality student.pt --rows ' + '9' * 5000, '--rows'),
     ('bench quality student.pt --temperature nan', '--temperature'),
-    ('bench speed student,8,16', 'sizes are KIND,L,V,D'),
+    ('bench speed student,8,16', 'nor KIND,L,V,D such as'),
     ('bench speed student,8,16,7@1', 'D even'),
     ('bench train 1,9', 'B,L,V,D'),
     ('bench train 1,8,16,7', 'D even'),
@@ -3508,7 +3514,7 @@ REFUSED = [
     ('bench quality student.pt otherwise.pt', 'other data'),
     ('bench quality student.pt longer.pt', 'rows of 32 tokens'),
     ('bench quality student.pt bpe.pt', 'another tokenizer'),
-    ('bench quality few.pt --rows 20', 'fewer than 2'),
+    ('bench quality few.pt --rows 20', 'too few; need 2'),
     ('bench quality student.pt --method ddim', '--method is for diffuseq'),
     ('bench quality diffuseq.pt --temperature 2', '--temperature is for flm, mdlm, ar'),
     ('bench quality mdlm.pt --gamma 0.5', '--gamma is for flm'),
@@ -3620,7 +3626,7 @@ def test_both_scripts_tell_a_sampler_the_same(place, monkeypatch, capsys, kind, 
     monkeypatch.setattr(bench, 'timed_rows', listen)
     monkeypatch.setattr(bench, 'picture', lambda *how: None)
     monkeypatch.setattr(sample, 'warm_up', lambda *how: None)
-    monkeypatch.setattr(sample, 'write_parts', lambda *how, **more: [listen(*how, **more)])
+    monkeypatch.setattr(sample, 'sample_batches', lambda *how, **more: [listen(*how, **more)])
     monkeypatch.setattr(bench, 'write_whole', lambda path, data: None)
 
     call(capsys, sample, f'{kind}.pt', *words.split())
@@ -3722,9 +3728,9 @@ def test_texts_are_printed_as_they_are_written(place, capsys):
     """Minutes of silence; other texts than all at once; metrics of the last ones only."""
     model, ckpt = models.load(place / 'student.pt')
     given = nothing_given(300, 24)
-    want, _ = models.write_rows(model, given, 2, seed=0)
+    want, _ = models.sample_rows(model, given, 2, seed=0)
     seen = []
-    for rows, _ in models.write_parts(model, given, 2, seed=0):
+    for rows, _ in models.sample_batches(model, given, 2, seed=0):
         seen.append(rows)
 
     assert [len(rows) for rows in seen] == [256, 44]
@@ -3741,7 +3747,7 @@ def test_texts_are_printed_as_they_are_written(place, capsys):
 def test_long_work_is_announced(place, monkeypatch, capsys):
     """Four minutes without a word."""
     model, _ = models.load(place / 'teacher.pt')
-    monkeypatch.setattr(sample, 'write_rows', lambda *how: (None, 0.5))
+    monkeypatch.setattr(sample, 'sample_rows', lambda *how: (None, 0.5))
 
     sample.warm_up(model, nothing_given(512, 24), 64, 0)
     sample.warm_up(model, nothing_given(8, 24), 4, 0)
@@ -3845,7 +3851,7 @@ def test_compare_shows_the_same_noise(place, tmp_path, monkeypatch, capsys, leve
     monkeypatch.setattr(sample, 'TEACHER_CALLS', 8)
     teacher, ckpt = models.load(place / 'teacher.pt')
     teacher.levels = models.quantization_levels(levels)
-    rows, _ = models.write_rows(teacher, nothing_given(256, 24), 8, 0)
+    rows, _ = models.sample_rows(teacher, nothing_given(256, 24), 8, 0)
     texts = [sample.on_one_line(text) for _, text in prepare_data.to_texts(rows, ckpt['meta'])]
 
     lines = lines_of(capsys, student, '--compare', place / 'teacher.pt', '-n', 3, '--nfe', 2)
@@ -4124,10 +4130,12 @@ def test_a_published_file_becomes_an_ordinary_checkpoint(here, monkeypatch, caps
 
 
 @pytest.mark.parametrize('change, said', [
-    (lambda state, path: path.write_bytes(b'no tensors'), 'no whole .safetensors'),
-    (lambda state, path: path.write_bytes(path.read_bytes()[:-9]), 'no whole .safetensors'),
+    (lambda state, path: path.write_bytes(b'no tensors'), 'damaged, or not'),
+    (lambda state, path: path.write_bytes(path.read_bytes()[:-9]), 'damaged, or not'),
     (lambda state, path: write_safetensors(path, {'a': torch.ones(2)}), 'not of FLM'),
     (lambda state, path: write_safetensors(path, {**state, 'more': torch.ones(2)}), 'more'),
+    (lambda state, path: write_safetensors(
+        path, {name: x for name, x in state.items() if 'rotary' not in name}), 'rotary_emb'),
     (lambda state, path: write_safetensors(
         path, {**state, 'output_layer.linear.bias': torch.ones(3)}), 'head.bias'),
 ])

@@ -3,7 +3,7 @@ Train a teacher, which writes in tens of network calls, for distill.py to turn i
 
     python train_teacher.py                         # the newest data set; minutes on a laptop's CPU
     python train_teacher.py --data data/dates --model diffuseq       # or the baselines mdlm, ar
-    torchrun --standalone --nproc_per_node=8 train_teacher.py        # several GPUs, the same result
+    torchrun --standalone --nproc_per_node=8 train_teacher.py        # as one with --micro-batches 8
 
 Writes <out>/model.pt (weights, their average, optimizers, config, tokenizer) and <out>/log.jsonl.
 The settings follow the machine (--preset) and the kind of data. The training loop, `train`, serves
@@ -158,7 +158,7 @@ def add_training_options(add):
     add('--dropout', type=below_one, help='after attention and after the MLP')
     # the optimizer
     add('--minutes', type=number(float, 0.01, 1e6),
-        help='how long to train; sets the number of iterations')
+        help='how long to train; sets the number of iterations, which --resume keeps')
     add('--iters', type=positive_int, help='iterations of the optimizer, in place of minutes')
     add('--batch', type=positive_int, help='rows per iteration, of all processes together')
     add('--optimizer', choices=['muon', 'adamw'],
@@ -418,7 +418,7 @@ def learning_rate_factor(it, iters, o):
 
 
 def update(model, ema, optimizers, it, factor, o):
-    """One optimizer iteration from the gradients at hand, then of the average -> norm."""
+    """All-reduce and clip gradients, step the optimizers, update the EMA: the gradient's norm."""
     all_reduce([p.grad for p in model.parameters() if p.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
     for optimizer in optimizers:
@@ -440,16 +440,17 @@ def update(model, ema, optimizers, it, factor, o):
 class Log:
     """Progress lines by the clock on the terminal, records by iteration in <out>/log.jsonl."""
 
-    def __init__(self, out, start, tokens):
+    def __init__(self, out, start, tokens, seconds=0.0):
         self.start = start
         self.tokens = tokens  # per iteration
+        self.seconds = seconds  # before a stop
         self.began = time.time()
         self.next_line = 5.0  # seconds; then one every ten
         self.file = open_log(out, start)
 
     def record(self, it, iters, **values):
         """A line in log.jsonl and on the terminal."""
-        seconds = round(time.time() - self.began, 2)
+        seconds = round(self.seconds + time.time() - self.began, 2)
         # on a full disk the next save says so
         if self.file is not None:
             line = json.dumps({'iter': it, 'seconds': seconds, **values})
@@ -560,8 +561,8 @@ def sum_and_count(x, kind=None, kinds=1):
 
 
 # options that may differ when a run continues: how far, where, how it is computed
-FREE = {'data', 'out', 'teacher', 'preset', 'iters', 'minutes', 'evals', 'micro_batches', 'resume',
-        'overwrite', 'device', 'compile'}
+FREE = {'data', 'out', 'teacher', 'reference', 'preset', 'iters', 'minutes', 'evals',
+        'micro_batches', 'resume', 'overwrite', 'device', 'compile'}
 
 # an option that checkpoints of this format may lack, and the value with which it changes nothing
 NEUTRAL = {}
@@ -593,7 +594,7 @@ def other_run(ckpt, options, run):
             return f'{as_flag(name)} was {old}, now {value}'
     changed = difference(ckpt['meta'], run.meta, ('tokenizer', 'crc'))
     if changed:
-        return f'its data are {changed}'
+        return f'the data differ: {changed}'
     return ''
 
 
@@ -819,7 +820,7 @@ def train(run, model, objective, o):
     # of training, those before a stop included
     began = time.perf_counter() - (run.ckpt['seconds'] if run.ckpt else 0)
     objective.resume(start, run, o)
-    log = Log(run.out, start, o.batch * run.meta['length'])
+    log = Log(run.out, start, o.batch * run.meta['length'], time.perf_counter() - began)
     stopper = Stopper()
     clock = Clock(o.minutes, start, run.device)
 

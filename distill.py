@@ -73,8 +73,8 @@ BY_DATA = {
 }
 BY_METHOD = {
     'flow map': {},
-    # Adam, whatever `optimizer` and `beta2` say, see adam
-    'score': dict(lr=1e-4),
+    # Adam, whatever `optimizer` and `beta2` say, see adam; it goes on improving for long
+    'score': dict(lr=1e-4, minutes=30),
     'refine': {},
     'masked': dict(given=0.0, rounds=4, final_calls=4),
 }

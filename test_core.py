@@ -1785,7 +1785,14 @@ def test_target_of_masked_distillation_is_what_two_steps_predict(t, final_calls)
     assert (target.mean((0, 1)) - half).abs().max() < 0.01
 
 
-def test_rounds_of_masked_distillation():
+@pytest.mark.parametrize('start, known, replacements', [
+    (0, 0, [4, 8]),
+    # --minutes becomes a number of iterations in the middle of a round
+    (0, 6, [6, 8]),
+    # a run that continues where a round begins
+    (8, 0, [8]),
+])
+def test_rounds_of_masked_distillation(start, known, replacements):
     """Steps that do not double, or a teacher that is never replaced."""
     net = tiny(model='mdlm')
     objective = masked_distillation(net, '--rounds', 3, '--final-calls', 2, iters=10)
@@ -1793,16 +1800,18 @@ def test_rounds_of_masked_distillation():
     steps = []
     replaced = []
 
-    for it in range(10):
-        objective.before(it, 10, net, None)
+    for it in range(start, 10):
+        net.net.head.weight.data.add_(1)
+        objective.before(it, 10 if it >= known else None, net, None)
         steps.append(objective.step)
         if not objective.teacher.net.head.weight.equal(before):
             replaced.append(it)
         before = objective.teacher.net.head.weight.clone()
-        net.net.head.weight.data.add_(1)
 
-    assert steps == [1 / 16] * 4 + [1 / 8] * 4 + [1 / 4] * 2
-    assert replaced == [4, 8]
+    first = replacements[0]
+    if start == 0:
+        assert steps == [1 / 16] * first + [1 / 8] * (8 - first) + [1 / 4] * 2
+    assert replaced == replacements
 
 
 @torch.no_grad()

@@ -34,16 +34,18 @@ data/captions: | .venv
 # the headline: captions from the Hugging Face hub, or lines of a file (CAPTIONS=captions.txt). Masked
 # diffusion gets the minutes of teacher and student; the scorer is larger, and trained for longer
 C = out/captions
-captions: data/captions
-	$(PY) train_teacher.py --data data/captions
-	$(PY) distill.py $C/teacher
-	$(PY) train_teacher.py --data data/captions --model mdlm --minutes 27
+captions: captions-0 captions-1
 	$(PY) train_teacher.py --data data/captions --model ar --layers 6 --heads 6 --width 192 \
 	  --dropout 0.1 --batch 64 --minutes 40 --seed 7 --out $C-scorer
-	$(PY) bench.py quality $C/teacher $C/student $C-mdlm/teacher $C-scorer --nfe 1 2 4 8 16 32 \
-	  --rows 1000 --scorer $C-scorer --out assets/captions.json --overwrite
-	$(PY) bench.py quality $C-mdlm/teacher $C-scorer --temperature 0.5 --nfe 4 8 16 32 \
-	  --rows 1000 --scorer $C-scorer --out assets/captions-cool.json --overwrite
+	$(PY) bench.py quality $C-{seed}/teacher $C-{seed}/student $C-{seed}/mdlm $C-scorer \
+	  --nfe 1 2 8 16 32 --seeds 2 --scorer $C-scorer --out assets/captions.json --overwrite
+	$(PY) bench.py quality $C-{seed}/mdlm $C-scorer --temperature 0.5 --nfe 8 16 --seeds 2 \
+	  --scorer $C-scorer --out assets/captions-cool.json --overwrite
+
+captions-%: data/captions
+	$(PY) train_teacher.py --data data/captions --out $C-$*/teacher --seed $*
+	$(PY) distill.py $C-$*/teacher --seed $*
+	$(PY) train_teacher.py --data data/captions --model mdlm --minutes 27 --out $C-$*/mdlm --seed $*
 
 # the weights in assets/ are from the first two lines, an hour and a quarter of one core; masked
 # diffusion is trained for as long as both, and then distilled; AR needs a quarter of an hour
@@ -52,27 +54,28 @@ stories: data/stories
 	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2600
 	$(PY) distill.py $S/teacher --reuse 3 --iters 8000 --evals 4
 	$(PY) train_teacher.py --data data/stories --model mdlm --layers 6 --iters 11500 --evals 5
-	$(PY) distill.py $S-mdlm/teacher --iters 5000
+	$(PY) distill.py $S-mdlm/teacher --out $S-mdlm/sdtt --iters 5000
 	$(PY) train_teacher.py --data data/stories --model ar --layers 6 --iters 2000
-	$(PY) bench.py quality $S/teacher $S/student $S-mdlm/teacher $S-mdlm/student $S-ar/teacher \
+	$(PY) bench.py quality $S/teacher $S/student $S-mdlm/teacher $S-mdlm/sdtt $S-ar/teacher \
 	  --nfe 1 2 4 8 32 64 --rows 500 --seeds 2 --out assets/stories.json --overwrite
 
-# one network call beside its rivals, each trained three times: teacher 5 minutes and student 4, by
-# our targets and by the paper's; masked diffusion 9, then distilled; AR 2.5
+# one network call beside its rivals, each trained three times: teacher 5 minutes and student 4; the
+# same without stagger, by the paper's targets; masked diffusion 9, then distilled; AR 2.5
 B = out/short
 short: short-0 short-1 short-2
-	$(PY) bench.py quality $B-{seed}/flow/teacher $B-{seed}/flow/student $B-{seed}/flow/semigroup \
-	  $B-{seed}/mdlm/teacher $B-{seed}/mdlm/student $B-{seed}/ar/teacher \
+	$(PY) bench.py quality $B-{seed}/flow/teacher $B-{seed}/flow/student $B-{seed}/paper/teacher \
+	  $B-{seed}/paper/student $B-{seed}/mdlm/teacher $B-{seed}/mdlm/sdtt $B-{seed}/ar/teacher \
 	  --nfe 1 2 4 8 32 --rows 500 --seeds 3 --out assets/stories-short.json --overwrite
 
 short-%: data/stories
 	$(PY) train_teacher.py --data data/stories --out $B-$*/flow/teacher --seed $*
 	$(PY) distill.py $B-$*/flow/teacher --seed $*
-	$(PY) distill.py $B-$*/flow/teacher --out $B-$*/flow/semigroup --method semigroup \
-	  --diagonal 0.5 --boundary 0.03125 --noise-levels 0 --given 0 --seed $*
+	$(PY) train_teacher.py --data data/stories --out $B-$*/paper/teacher --stagger 0 --seed $*
+	$(PY) distill.py $B-$*/paper/teacher --method semigroup --diagonal 0.5 --boundary 0.03125 \
+	  --noise-levels 0 --given 0 --seed $*
 	$(PY) train_teacher.py --data data/stories --model mdlm --out $B-$*/mdlm/teacher --minutes 9 \
 	  --seed $*
-	$(PY) distill.py $B-$*/mdlm/teacher --seed $*
+	$(PY) distill.py $B-$*/mdlm/teacher --out $B-$*/mdlm/sdtt --seed $*
 	$(PY) train_teacher.py --data data/stories --model ar --out $B-$*/ar/teacher --minutes 2.5 \
 	  --seed $*
 
@@ -138,7 +141,7 @@ gpu-speed: .venv
 	  --out assets/gpu-samplers.json --overwrite
 	$(PY) bench.py train 64,128,50257,768 --layers 12 --out assets/gpu-train.json --overwrite
 
-# on a GPU, about a quarter of an hour: captions, and masked diffusion trained for as long
+# on a GPU, about 25 minutes: captions, and masked diffusion trained for as long
 G = out/gpu
 gpu-text: data/captions
 	$(PY) train_teacher.py --data data/captions --minutes 4 --out $G/teacher

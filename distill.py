@@ -727,7 +727,7 @@ def load_teacher(name, device):
         path = newest_checkpoint(lambda c: c.calls == 0 and c.model in ('flm', 'diffuseq'))
     if path is None:
         fail('out/ holds no flow or diffusion to distill; first run: python train_teacher.py')
-    teacher, ckpt = load(path, device)
+    teacher, ckpt = load(name or path, device)
     if teacher.config.calls > 0:
         fail(f'{path} is a student already; name its teacher')
     if teacher.config.model == 'ar':
@@ -791,6 +791,8 @@ def default_out(path, meta, reference):
     if path.name != 'model.pt':
         return Path('out') / meta['name'] / name
     folder = path.parent
+    if folder.name in ('', '..'):
+        folder = folder.resolve()
     if folder.name == 'teacher':
         return folder.with_name(name)
     return folder.with_name(f'{folder.name}-{name}')

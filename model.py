@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from prepare_data import fail, write_whole
+from prepare_data import fail, out_of_memory, write_whole
 
 # of checkpoint files; a file of another format is refused with one line
 FORMAT = 8
@@ -1150,6 +1150,8 @@ def load(path, device='cpu'):
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         version = ckpt['format']
     except Exception as e:  # torch.load raises a dozen different types
+        if out_of_memory(e):
+            raise
         fail(f'{path}: no whole checkpoint of this project ({type(e).__name__}); make it again')
     if version != FORMAT:
         fail(f'{path}: has format {version}, this code reads format {FORMAT}; train it again, or '
@@ -1158,6 +1160,8 @@ def load(path, device='cpu'):
         model = build(Config(**ckpt['config']))
         model.load_state_dict(ckpt['ema'])
     except Exception as e:
+        if out_of_memory(e):
+            raise
         fail(f'{path}: weights and config do not fit ({type(e).__name__}); make it again')
     return model.to(device).eval(), ckpt
 

@@ -51,7 +51,9 @@ FORMAT = 1                                          # of data folders
 
 def tell(message):
     """A line on stderr, where it does not mix with a script's output."""
-    print(message, file=sys.stderr, flush=True)
+    # what is printed never costs what is computed
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def tell_name(message):
@@ -83,14 +85,19 @@ def run_script(main):
         mute_stdout()
         raise SystemExit(141) from None
     except (MemoryError, RuntimeError, OSError) as error:
-        # numpy, and torch on a GPU and on a CPU
-        if re.search('MemoryError|DefaultCPUAllocator', f'{type(error).__name__} {error}'):
+        if out_of_memory(error):
             fail('out of memory; give less text or fewer rows, or train with a smaller --batch or '
                  'more --micro-batches')
         if getattr(error, 'errno', None) == errno.ENOSPC:
             mute_stdout()
             fail(why_not(error))
         raise
+
+
+def out_of_memory(error):
+    """Whether an error of Python, numpy, or torch on a GPU or a CPU says so."""
+    words = 'MemoryError|DefaultCPUAllocator|Cannot allocate memory|unable to mmap'
+    return re.search(words, f'{type(error).__name__} {error}') is not None
 
 
 def uncaught(kind, error, trace):
@@ -101,7 +108,20 @@ def uncaught(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def open_streams():
+    """Let stdin, stdout and stderr lead nowhere where the shell has closed them (`>&-`)."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # takes the lowest free number, which a file opened later would get
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, 'w')
+    sys.stderr = sys.stderr or open(2, 'w')
+
+
 sys.excepthook = uncaught
+open_streams()
 
 
 def mute_stdout():
@@ -980,15 +1000,22 @@ def of_one_kind(items):
 
 def split_items(items, held_out, left_out):
     """(train, val) of texts or pairs: held out is a random fraction of the different ones. No text
-    or source is in both, and of paraphrases no target either."""
+    or source is in both, and of paraphrases no target either, unless it is very common."""
     # all targets of a source stay together, so that targets are distributed alike in both
-    sources = list(dict.fromkeys(as_texts(item)[0] for item in items))
-    random.Random(0).shuffle(sources)
-    n_held = max(1, int(held_out * len(sources)))
-    held = set(sources[:n_held])
-    val = [item for item in items if as_texts(item)[0] in held]
-    train = [item for item in items if as_texts(item)[0] not in held]
-    seen = set(all_texts(val))
+    groups = [as_texts(item)[0] for item in items]
+    # of a few labels as sources none can be spared: single pairs are held out
+    if len(items) > 20 * len(set(groups)):
+        groups = items
+    different = list(dict.fromkeys(groups))
+    random.Random(0).shuffle(different)
+    n_held = max(1, int(held_out * len(different)))
+    held = set(different[:n_held])
+    val = [item for item, group in zip(items, groups) if group in held]
+    train = [item for item, group in zip(items, groups) if group not in held]
+    # replies as common as an "ok" stay in both
+    common = max(10, 0.001 * len(items))
+    counts = Counter(all_texts(items))
+    seen = {text for text in all_texts(val) if counts[text] <= common}
     apart = [item for item in train if seen.isdisjoint(as_texts(item))]
     # in chats an "ok" links nearly all pairs, and too few would be left
     if of_one_kind(items) and len(apart) > 0.7 * len(train):
@@ -1125,8 +1152,9 @@ def read_dataset(folder):
         # a flipped bit would be trained on silently
         if meta['format'] == FORMAT and meta['crc'] == checksum(meta, train, val):
             return meta, train, val
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if out_of_memory(error):
+            raise
     return None
 
 
@@ -1285,8 +1313,10 @@ def check(args):
     mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(Path, files)])
     if args.name not in SETS and not args.input:
         fail(f'{args.name}: not one of {", ".join(SETS)}; for your own text: {mine}')
-    if args.name in ('stories', 'dates') and (args.input or args.tokenizer != args.name):
-        fail(f'{args.name} takes neither --input nor --tokenizer; for your own text: {mine}')
+    if args.name in ('stories', 'dates') and (
+            args.input or args.columns or args.tokenizer != args.name):
+        mine = 'python prepare_data.py mine --input FILE'
+        fail(f'{args.name} takes no --input, --columns or --tokenizer; for your own text: {mine}')
     if not re.fullmatch(r'(?!cache$)\w[\w.-]*', args.name, re.IGNORECASE):
         fail(f'NAME {args.name!r}: use letters, digits, "_", "-" and "."; "cache" is reserved')
     if args.columns and (len(args.columns) > 2 or not args.input):

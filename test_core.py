@@ -508,7 +508,8 @@ def test_targets_are_distributed_alike_in_both_splits(kind):
 
     train, val = prepare_data.split_items(pairs, 0.1, {})
 
-    assert len(train) + len(val) == len(pairs)
+    # of a chat's turns that are said once none is on the other side of a pair
+    assert len(train) + len(val) > (0.7 if kind == 'chat' else 0.999) * len(pairs)
     assert {source for source, _ in train}.isdisjoint(source for source, _ in val)
     assert 0.04 * len(pairs) < len(val) < 0.12 * len(pairs)
     common = dict(prepare_data.Counter(target for _, target in pairs).most_common(20))
@@ -516,6 +517,33 @@ def test_targets_are_distributed_alike_in_both_splits(kind):
               for part in (train, val)]
     # a sample of n differs by about (cells - 1) / 8 n nats
     assert prepare_data.jensen_shannon(*counts) < 5 * len(common) / 8 / counts[1].total()
+
+
+def test_labels_as_sources_are_in_both_splits():
+    """Text of a label: one label gone from training, as it is held out."""
+    pairs = [(f'{label}', f'text {label} {i}') for i in range(500) for label in range(2)]
+
+    splits = prepare_data.split_items(pairs, 0.1, {})
+
+    assert [len(part) for part in splits] == [900, 100]
+    for part in splits:
+        counts = prepare_data.Counter(source for source, _ in part)
+        assert min(counts.values()) > 0.35 * len(part)
+
+
+def test_common_replies_of_a_chat_are_learned():
+    """The commonest turns gone from training, where all others are said once."""
+    rng = random.Random(0)
+    turns = [rng.choice(['ok', 'yes']) if rng.random() < 0.05 else str(i) for i in range(5000)]
+    pairs = list(dict.fromkeys(zip(turns, turns[1:])))
+
+    train, val = prepare_data.split_items(pairs, 0.1, {})
+
+    for part in (train, val):
+        share = sum(reply in ('ok', 'yes') for _, reply in part) / len(part)
+        assert 0.03 < share < 0.07
+    once = [{text for text in itertools.chain(*part) if text.isdigit()} for part in (train, val)]
+    assert once[0].isdisjoint(once[1])
 
 
 @pytest.mark.parametrize('pairs', [
@@ -589,7 +617,7 @@ BAD_WORDS = [
     ('../x --input good.txt', 'use letters'),
     ('x --input good.txt --tokenizer stories', 'is not gpt2, byte, bpe:N, words:N'),
     ('x --input good.txt --tokenizer words:50', 'needs rows, as it drops those with other words'),
-    ('dates --tokenizer byte', 'takes neither --input nor --tokenizer'),
+    ('dates --tokenizer byte', 'takes no --input, --columns or --tokenizer'),
     ('x --input good.txt --columns text', 'is text, which has no columns'),
     ('x --input *.txt', 'cannot be read (No such file'),
     ('x --input good.txt --data good.txt', 'good.txt/x/train.bin: cannot be written'),
@@ -806,7 +834,8 @@ DOUBLE = torch.float64
 @pytest.fixture(autouse=True)
 def same_every_time():
     """Every test begins with the same seed, and gets back the signals that a script took over."""
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}
+    numbers = {getattr(signal, name, signal.SIGINT)
+               for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGXCPU')}
     handlers = {number: signal.getsignal(number) for number in numbers}
     torch.manual_seed(0)
     yield
@@ -2896,6 +2925,32 @@ def test_a_stop_at_any_moment_loses_nothing(
         if stdout == 'file':
             printed = Path(files['out']).read_text().splitlines()
             assert printed[-1] == 'stopped; the same command with --resume continues'
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='no SIGHUP')
+def test_nohup_is_respected():
+    """A run that nohup started, and that ends with its terminal nevertheless."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    train_teacher.Stopper()
+
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='no shell')
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
+def test_closed_streams_cost_nothing(tmp_path, closed):
+    """A traceback for a print that nobody could read, or a message in the middle of the data."""
+    (tmp_path / 'rows.txt').write_text(''.join(f'row {i}\n' for i in range(50)))
+    script = f'{shlex.quote(sys.executable)} {shlex.quote(str(HERE / "prepare_data.py"))}'
+
+    done = subprocess.run(f'{script} mine --input rows.txt --rows --tokenizer byte {closed}',
+                          shell=True, cwd=tmp_path, capture_output=True)
+
+    assert (done.returncode, done.stderr) == (0, b'')
+    meta, _, _ = prepare_data.load_dataset(tmp_path / 'data/mine')
+    assert meta['source'] == 'rows.txt'
 
 
 # -----------------------------------------------------------------------------

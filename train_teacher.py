@@ -306,10 +306,12 @@ class Stopper:
 
     def __init__(self):
         self.heard = False
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGXCPU'):
             # Windows lacks some
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.hear)
+            number = getattr(signal, name, None)
+            # nohup has SIGHUP ignored
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.hear)
 
     def hear(self, number, frame):
         if not self.heard:

@@ -1309,13 +1309,13 @@ def parse(argv=None):
 
 def check(args):
     """Reject invalid options before anything is read."""
-    files = args.input or [args.name]
+    # a file's name may stand where NAME belongs
+    files = args.input or [args.name if os.path.exists(args.name) else 'FILE']
     mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(Path, files)])
     if args.name not in SETS and not args.input:
         fail(f'{args.name}: not one of {", ".join(SETS)}; for your own text: {mine}')
     if args.name in ('stories', 'dates') and (
             args.input or args.columns or args.tokenizer != args.name):
-        mine = 'python prepare_data.py mine --input FILE'
         fail(f'{args.name} takes no --input, --columns or --tokenizer; for your own text: {mine}')
     if not re.fullmatch(r'(?!cache$)\w[\w.-]*', args.name, re.IGNORECASE):
         fail(f'NAME {args.name!r}: use letters, digits, "_", "-" and "."; "cache" is reserved')

@@ -3388,7 +3388,7 @@ def test_a_refused_command_ends_both_processes_with_one_line(dozen, tmp_path):
     children = start_in(2, train_teacher, '--data', dozen / 'none', '--out', tmp_path / 'out',
                         err=err)
     for child in children:
-        child.join(60)
+        child.join(120)
 
     assert [child.exitcode for child in children] == [2, 2]
     assert err.read_text().count('\n') == 1
@@ -4718,9 +4718,10 @@ def test_a_peak_is_of_the_work_since_the_last_one():
     take(600)
     bench.peak_memory(CPU)
     before = bench.peak_memory(CPU)
-    take(50)
+    take(300)
 
-    assert 40e6 < bench.peak_memory(CPU) - before < 200e6
+    # the system may have taken back some pages meanwhile
+    assert 100e6 < bench.peak_memory(CPU) - before < 400e6
 
 
 @pytest.mark.parametrize('script', ['sample', 'train_teacher', 'distill', 'bench'])

@@ -2676,6 +2676,9 @@ def process(target, *args):
 def as_command(name, words, out=os.devnull, err=os.devnull, **environment):
     """What such a process does: a script as its command line runs it, printing to these files."""
     os.environ.update(environment)
+    # ignored where these tests run under nohup
+    if hasattr(signal, 'SIGHUP'):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = open(1, 'w', closefd=False)

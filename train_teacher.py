@@ -307,10 +307,10 @@ class Stopper:
     def __init__(self):
         self.heard = False
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGXCPU'):
-            # Windows lacks some
+            # Windows lacks some; nohup has SIGHUP ignored
             number = getattr(signal, name, None)
-            # nohup has SIGHUP ignored
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
+            ignored = number is not None and signal.getsignal(number) is signal.SIG_IGN
+            if number and not (name == 'SIGHUP' and ignored):
                 signal.signal(number, self.hear)
 
     def hear(self, number, frame):

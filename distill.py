@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (EMBEDDING_NOISE, autocast, build, checkpoint_path, draw, generator, load,
-                   mask_specials, newest_checkpoint, row_mean, semigroup_weight, token_weights,
-                   sample_rows)
+                   mask_specials, newest_checkpoint, row_mean, sample_rows, semigroup_weight,
+                   token_weights)
 from train_teacher import (Objective, Run, add_training_options, all_reduce, batch_of, check_out,
                            choose_micro_batches, compile_on_gpu, default_machine, difference,
                            fill_in, first_line, get_batch, kind_of_data, last_lines,
@@ -461,8 +461,8 @@ def sid_loss(x, teacher_x, fake_x, alpha):
     each position, from three (B, L, C) -> (B, L), with gradient through all three. x is generated;
     teacher_x and fake_x are what the teacher and the fake score network predict it was, from x_t.
     Where they agree at all noise levels, the student writes as the data do. With a perfect fake
-    network its mean is (1 - alpha) E|teacher_x - fake_x|^2, 0 at alpha = 1, so it
-    does not measure progress.
+    network its mean is (1 - alpha) E|teacher_x - fake_x|^2, 0 at alpha = 1, so it does not measure
+    progress.
     """
     gap = teacher_x - fake_x
     return ((1 - alpha) * gap.square() + gap * (fake_x - x)).mean(-1)

@@ -136,8 +136,7 @@ def say(text):
         print(text, flush=True)
     except OSError as error:
         mute_stdout()
-        with suppress(OSError):
-            tell_name(f'stdout: {error.strerror}; going on without it')
+        tell_name(f'stdout: {error.strerror}; going on without it')
 
 
 def progress(what, items):
@@ -1012,14 +1011,15 @@ def split_items(items, held_out, left_out):
     held = set(different[:n_held])
     val = [item for item, group in zip(items, groups) if group in held]
     train = [item for item, group in zip(items, groups) if group not in held]
-    # replies as common as an "ok" stay in both
-    common = max(10, 0.001 * len(items))
-    counts = Counter(all_texts(items))
-    seen = {text for text in all_texts(val) if counts[text] <= common}
-    apart = [item for item in train if seen.isdisjoint(as_texts(item))]
-    # in chats an "ok" links nearly all pairs, and too few would be left
-    if of_one_kind(items) and len(apart) > 0.7 * len(train):
-        train = apart
+    if of_one_kind(items):
+        # replies as common as an "ok" stay in both
+        common = max(10, 0.001 * len(items))
+        counts = Counter(all_texts(items))
+        seen = {text for text in all_texts(val) if counts[text] <= common}
+        apart = [item for item in train if seen.isdisjoint(item)]
+        # where nearly all pairs are linked, as in some chats, too few would be left
+        if len(apart) > 0.7 * len(train):
+            train = apart
     left_out['with a text that is held out'] = len(items) - len(train) - len(val)
     return train, val
 

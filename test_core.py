@@ -4033,8 +4033,9 @@ def start(*words, env=None):
     """Start `python sample.py words`."""
     command = [sys.executable, str(HERE / 'sample.py'), *map(str, words)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
+    # unbuffered, as `communicate` does not see what a buffer took beyond the first line
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.DEVNULL, env=environment)
+                            stdin=subprocess.DEVNULL, env=environment, bufsize=0)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')

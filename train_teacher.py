@@ -307,10 +307,12 @@ class Stopper:
     def __init__(self):
         self.heard = False
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGXCPU'):
-            # Windows lacks some; nohup has SIGHUP ignored
-            number = getattr(signal, name, None)
-            ignored = number is not None and signal.getsignal(number) is signal.SIG_IGN
-            if number and not (name == 'SIGHUP' and ignored):
+            # Windows lacks some
+            if not hasattr(signal, name):
+                continue
+            number = getattr(signal, name)
+            by_nohup = name == 'SIGHUP' and signal.getsignal(number) is signal.SIG_IGN
+            if not by_nohup:
                 signal.signal(number, self.hear)
 
     def hear(self, number, frame):

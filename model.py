@@ -22,6 +22,7 @@ A comment that begins with "ours" marks what is in neither paper; assets/papers.
 differences from the papers' codes.
 """
 
+import glob
 import io
 import math
 import os
@@ -1168,8 +1169,9 @@ def load(path, device='cpu'):
 
 def newest_checkpoint(accept):
     """The model.pt in out/ that was written last, of those whose Config `accept` takes; or None."""
-    found = sorted(Path('out').rglob('model.pt'), key=os.path.getmtime, reverse=True)
-    for path in found:
+    # unlike Path.rglob, glob follows links to folders
+    found = filter(os.path.isfile, glob.glob('out/**/model.pt', recursive=True))
+    for path in map(Path, sorted(found, key=os.path.getmtime, reverse=True)):
         try:
             # tensors stay in the file: only the config is read
             ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)

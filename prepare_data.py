@@ -14,6 +14,7 @@ The .bin files are flat uint16 ids, to be memory-mapped; meta.json holds the com
 import argparse
 import bz2
 import calendar
+import codecs
 import csv
 import datetime
 import errno
@@ -263,9 +264,10 @@ def write_whole(path, data):
 # Tokenizers: a dict {name, pattern, tokens as latin-1 strings in rank order}
 
 # BPE merges within a word, a digit or a run of punctuation, with at most one space before it; marks
-# and joiners count as letters, or vowel signs would split the words of Hindi, Thai or Arabic
-BPE_PIECES = (r' ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}|'
-              r' ?[^\s\p{L}\p{M}\p{N}\u200c\u200d][^\s\p{L}\p{N}]*|\s+')
+# count as letters, or vowel signs would split the words of Hindi, Thai or Arabic, and so do joiners
+# and soft hyphens
+BPE_PIECES = (r' ?[\p{L}\p{M}\u00ad\u200c\u200d]+| ?\p{N}|'
+              r' ?[^\s\p{L}\p{M}\p{N}\u00ad\u200c\u200d][^\s\p{L}\p{N}]*|\s+')
 LONGEST_PIECE = 64
 BYTES = [chr(i) for i in range(256)]
 CHUNK = 1_000_000       # characters to encode at once
@@ -274,7 +276,7 @@ WORDS = {
     'stories': r' [A-Za-z]+|\.',                                            # V is 109, L is 21
     'dates': r'[A-Z][a-z]{2,}|the | of |, |st|nd|rd|th|[-./ ]|\d',          # V is 48, L is 23
     # a word with the marks, apostrophes and hyphens inside it, or else a single character
-    'words': (r" ?(?:[\p{L}\p{M}\p{N}\u200c\u200d]+(?:['\u2019\u2010-][\p{L}\p{M}\p{N}]+)*"
+    'words': (r" ?(?:[\p{L}\p{M}\p{N}\u00ad\u200c\u200d]+(?:['\u2019\u2010-][\p{L}\p{M}\p{N}]+)*"
               r"|[^ ])"),
     # pieces that may be several tokens each
     'bert': r'[^\W_]+|[^\w\s]|_',
@@ -752,6 +754,10 @@ def detokenize(text):
 
 # files that begin with these bytes are decompressed, whatever their names
 COMPRESSED = {b'\x1f\x8b': gzip, b'BZh9': bz2, b'\xfd7zXZ': lzma}
+# Windows marks UTF-16, and may mark UTF-8; the mark of UTF-32 begins with that of UTF-16
+MARKS = {codecs.BOM_UTF8: 'utf-8-sig',
+         codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+         codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 # and these are not text
 SIGNATURES = {b'(\xb5/\xfd': 'compressed with zstd; unpack it',
               b'PK\3\4': 'a zip; unpack it, or save it as text',
@@ -803,10 +809,9 @@ def read_bytes(path):
 def read_text(path):
     """A file's text, without a byte-order mark, all line ends as \\n."""
     data = read_bytes(path)
-    # Windows marks UTF-16, and may mark UTF-8
-    utf16 = data.startswith((b'\xff\xfe', b'\xfe\xff'))
+    found = (name for mark, name in MARKS.items() if data.startswith(mark))
     try:
-        text = data.decode('utf-16' if utf16 else 'utf-8-sig')
+        text = data.decode(next(found, 'utf-8'))
         if '\0' not in text:
             return text.replace('\r\n', '\n').replace('\r', '\n')
         before = data[:data.index(0)]

@@ -112,6 +112,7 @@ def test_bpe_merges(text, learned):
     '\u1000\u101c\u1031\u1038 \u1025\u101a\u103b\u102c\u1009\u103a \u1019\u102d',   # Burmese
     '\u05e1\u05b5\u05e4\u05b6\u05e8 \u05de\u05b7\u05d9\u05b4\u05dd',                # Hebrew
     unicodedata.normalize('NFD', 'tr\u1ebb em ch\u01a1i v\u01b0\u1eddn'),           # Vietnamese
+    'Recht\u00adschrei\u00adbung ver\u00adbessern',                               # soft hyphens
 ])
 def test_a_word_of_any_script_is_one_token(words, tokenizer):
     """Words cut at vowel signs, which are letters for one regular expression engine only."""
@@ -387,7 +388,7 @@ MEANT = [
         'a.TXT', 'a', 'n.en-00001-of-00100', 'a b?.txt', "it's.txt", '.notes')],
     ({'a[1]*.txt': PROSE, 'a1x.txt': 'another'}, "'a[1]*.txt'", PROSE + '<eos>'),
     *[({'a.txt': ('\ufeff' + PROSE).encode(encoding)}, 'a.txt', PROSE + '<eos>')
-      for encoding in ('utf-8', 'utf-16-le', 'utf-16-be')],
+      for encoding in ('utf-8', 'utf-16-le', 'utf-16-be', 'utf-32-le', 'utf-32-be')],
     ({'a.md': lzma.compress(PROSE.encode())}, 'a.md', PROSE + '<eos>'),
     (POEMS, 'p p/b.txt --length 4', 'A rose\nis red.\n<eos>Two\nlines.<eos>Third.<eos>Last.<eos>'),
     (POEMS, 'p --rows', ['A rose\nis red.\n', 'Last.', 'Third.', 'Two\nlines.']),
@@ -834,8 +835,7 @@ DOUBLE = torch.float64
 @pytest.fixture(autouse=True)
 def same_every_time():
     """Every test begins with the same seed, and gets back the signals that a script took over."""
-    numbers = {getattr(signal, name, signal.SIGINT)
-               for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGXCPU')}
+    numbers = {getattr(signal, name, signal.SIGINT) for name in train_teacher.Stopper.SIGNALS}
     handlers = {number: signal.getsignal(number) for number in numbers}
     torch.manual_seed(0)
     yield
@@ -2490,12 +2490,6 @@ def tensors(folder):
         return [z.read(name) for name in z.namelist() if '/data/' in name]
 
 
-def records(folder):
-    """log.jsonl without what the clock says."""
-    lines = (folder / 'log.jsonl').read_text().splitlines()
-    return [re.sub('"seconds": .*?,', '', line) for line in lines]
-
-
 def files_in(folder):
     """What is on the disk: every file, its size, and when it was written."""
     files = [(path, path.stat()) for path in folder.rglob('*') if path.is_file()]
@@ -2590,7 +2584,7 @@ def pass_time(patch, update=1 / 64, targets=1 / 64):
 ])
 def test_a_stopped_and_resumed_run_is_the_one_never_stopped(
         dozen, small, tmp_path, monkeypatch, script, words):
-    """A stop, or a look at a run, that costs it its noise, its targets or an optimizer's state."""
+    """A stop, or a look at a run, that costs it its noise, its targets, its optimizer or time."""
     monkeypatch.chdir(dozen)
     pass_time(monkeypatch.setattr)
     words = (*words, '--batch', 4)
@@ -2604,7 +2598,9 @@ def test_a_stopped_and_resumed_run_is_the_one_never_stopped(
     assert stopped_at == 20
     assert len(seen) == models.load(tmp_path / 'a')[1]['iter']
     assert tensors(tmp_path / 'a') == tensors(tmp_path / 'b')
-    losses = [[line for line in records(tmp_path / name) if '"loss"' in line] for name in 'ab']
+    # at the same seconds, too
+    losses = [[line for line in open(tmp_path / name / 'log.jsonl') if '"loss"' in line]
+              for name in 'ab']
     assert losses[0] == losses[1]
     assert len(losses[0]) == len(seen) // 100
 
@@ -2930,6 +2926,20 @@ def test_a_stop_at_any_moment_loses_nothing(
             assert printed[-1] == 'stopped; the same command with --resume continues'
 
 
+@pytest.mark.parametrize('name', train_teacher.Stopper.SIGNALS)
+def test_any_signal_that_asks_to_end_is_heard(monkeypatch, capfd, name):
+    """Hours lost to Ctrl-\\, or to a scheduler that announces the end of a job in its own way."""
+    if not hasattr(signal, name):
+        pytest.skip(f'no {name}')
+    stopper = train_teacher.Stopper()
+    assert not stopper.asked()
+
+    signal.raise_signal(getattr(signal, name))
+
+    assert stopper.asked()
+    assert capfd.readouterr().err == '\nstopping after this iteration, saving ...\n'
+
+
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='no SIGHUP')
 def test_nohup_is_respected():
     """A run that nohup started, and that ends with its terminal nevertheless."""
@@ -3128,10 +3138,18 @@ def test_the_newest_teacher_is_distilled_wherever_it_lies(small, tmp_path, monke
     ('out/run1/model.pt', None, 'out/run1-student'),
     ('out/run1/model.pt', 'yes', 'out/run1-refined'),
     ('assets/dates.pt', None, 'out/dates/student'),
+    # of `distill.py .` and `distill.py ..`
+    ('model.pt', None, '../here-student'),
+    ('../model.pt', 'yes', '../../runs-refined'),
 ])
-def test_a_student_is_written_beside_its_teacher(teacher, reference, out):
+def test_a_student_is_written_beside_its_teacher(tmp_path, monkeypatch, teacher, reference, out):
     """Students of two teachers in one folder, or one in the folder of shipped files."""
-    assert distill.default_out(Path(teacher), {'name': 'dates'}, reference) == Path(out)
+    (tmp_path / 'runs/here').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / 'runs/here')
+
+    found = distill.default_out(Path(teacher), {'name': 'dates'}, reference)
+
+    assert found.resolve() == Path(out).resolve()
 
 
 def run_next(capfd, *more):
@@ -3286,6 +3304,17 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
     assert said.format(small=small) in message
     assert [path.name for path in tmp_path.iterdir()] == ['text.txt']
     assert files_in(dozen) == before
+
+
+def test_a_reference_may_be_named_otherwise(small, tmp_path, monkeypatch):
+    """A run that cannot continue from another folder."""
+    words = (small / 'diffuseq/teacher', '--batch', 4, '--out', tmp_path / 'out', '--reference')
+    run_main(distill, *words, small / 'diffuseq/student', '--iters', 1)
+    monkeypatch.chdir(small)
+
+    run_main(distill, *words, 'diffuseq/student/model.pt', '--iters', 2, '--resume')
+
+    assert models.load(tmp_path / 'out')[1]['iter'] == 2
 
 
 def test_a_reference_is_where_refining_starts_and_stays_what_it_was(small, bad, tmp_path, capfd):
@@ -3648,8 +3677,11 @@ def test_the_newest_model_is_taken_and_named(place, here, monkeypatch, capsys):
     make_model(Path(names[0], 'model.pt'), data, more=more, calls=1)
     make_model(Path(names[1], 'model.pt'), data, more=more, calls=4, model='mdlm')
     make_model(Path(names[2], 'model.pt'), data)
-    # a run that was stopped early
+    # a run that was stopped early, one whose folder lies elsewhere, and one that is gone
     Path('out/c/student').mkdir(parents=True)
+    shutil.move('out/a', 'large-disk')
+    os.symlink(Path('large-disk').resolve(), 'out/a')
+    os.symlink('no/such/model.pt', 'out/c/model.pt')
 
     for name in names:
         for other in names:

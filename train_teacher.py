@@ -302,12 +302,14 @@ def all_reduce(tensors):
 
 
 class Stopper:
-    """Ctrl-C, SIGTERM or a lost terminal, in any process, ends a run after a last save."""
+    """Any signal that asks to end, in any process, ends a run after a last save."""
+    # Ctrl-C, Ctrl-\, Windows' Ctrl-Break, kill, a lost terminal, a job's limits and its scheduler
+    SIGNALS = ('SIGINT', 'SIGQUIT', 'SIGBREAK', 'SIGTERM', 'SIGHUP', 'SIGXCPU', 'SIGUSR1')
 
     def __init__(self):
         self.heard = False
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGXCPU'):
-            # Windows lacks some
+        for name in self.SIGNALS:
+            # no system has all
             if not hasattr(signal, name):
                 continue
             number = getattr(signal, name)
@@ -448,27 +450,34 @@ class Log:
         self.start = start
         self.tokens = tokens  # per iteration
         self.seconds = seconds  # before a stop
-        self.began = time.time()
+        self.began = time.perf_counter()
         self.next_line = 5.0  # seconds; then one every ten
         self.file = open_log(out, start)
 
+    def now(self):
+        """Seconds since this process began to train."""
+        return time.perf_counter() - self.began
+
+    def trained(self):
+        """Seconds of training, those before a stop included."""
+        return self.seconds + self.now()
+
     def record(self, it, iters, **values):
         """A line in log.jsonl and on the terminal."""
-        seconds = round(self.seconds + time.time() - self.began, 2)
         # on a full disk the next save says so
         if self.file is not None:
-            line = json.dumps({'iter': it, 'seconds': seconds, **values})
+            line = json.dumps({'iter': it, 'seconds': round(self.trained(), 2), **values})
             with suppress(OSError):
                 self.file.write(line.encode() + b'\n')
         self.print_line(it, iters, values)
 
     def progress(self, it, iters, loss):
         """A line on the terminal if it is due; loss() is a tensor, asked for only then."""
-        if time.time() - self.began >= self.next_line:
+        if self.now() >= self.next_line:
             self.print_line(it, iters, {'loss': loss().item()})
 
     def print_line(self, it, iters, values):
-        seconds = time.time() - self.began
+        seconds = self.now()
         self.next_line = seconds + 10
         done = max(1, it - self.start)
         speed = done * self.tokens / max(seconds, 1e-9)
@@ -814,6 +823,7 @@ def train(run, model, objective, o):
     optimizers = [*objective.optimizers, *objective.own_optimizers]
     trained = [p for p in model.parameters() if p.requires_grad]
     start = 0
+    seconds = 0.0
     iters = o.iters
     means = Means()
     if run.ckpt is not None:
@@ -821,10 +831,9 @@ def train(run, model, objective, o):
         start = run.ckpt['iter']
         iters = o.iters or run.ckpt['iters']
         means = Means(run.ckpt['means'] if run.rank == 0 else None, run.device)
-    # of training, those before a stop included
-    began = time.perf_counter() - (run.ckpt['seconds'] if run.ckpt else 0)
+        seconds = run.ckpt['seconds']
     objective.resume(start, run, o)
-    log = Log(run.out, start, o.batch * run.meta['length'], time.perf_counter() - began)
+    log = Log(run.out, start, o.batch * run.meta['length'], seconds)
     stopper = Stopper()
     clock = Clock(o.minutes, start, run.device)
 
@@ -846,7 +855,7 @@ def train(run, model, objective, o):
         # save, and only then measure
         if (due or stop) and run.rank == 0:
             save(run.out / 'model.pt', modules, iter=it, iters=iters, means=means.sums,
-                 seconds=time.perf_counter() - began,
+                 seconds=log.trained(),
                  optimizers=[optimizer.state_dict() for optimizer in optimizers],
                  meta=run.meta, data=str(run.data), options=vars(o), parents=run.parents)
         if due or it == iters:

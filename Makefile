@@ -50,12 +50,13 @@ captions-%: data/captions
 # the weights in assets/ are from the first two lines, an hour and a quarter of one core; masked
 # diffusion is trained for as long as both, and then distilled; AR needs a quarter of an hour
 S = out/stories
+STORIES = --data data/stories --batch 128
 stories: data/stories
-	$(PY) train_teacher.py --data data/stories --layers 6 --iters 2600
+	$(PY) train_teacher.py $(STORIES) --layers 6 --iters 2600
 	$(PY) distill.py $S/teacher --reuse 3 --iters 8000 --evals 4
-	$(PY) train_teacher.py --data data/stories --model mdlm --layers 6 --iters 11500 --evals 5
+	$(PY) train_teacher.py $(STORIES) --model mdlm --layers 6 --iters 11500 --evals 5
 	$(PY) distill.py $S-mdlm/teacher --out $S-mdlm/sdtt --iters 5000
-	$(PY) train_teacher.py --data data/stories --model ar --layers 6 --iters 2000
+	$(PY) train_teacher.py $(STORIES) --model ar --layers 6 --iters 2000
 	$(PY) bench.py quality $S/teacher $S/student $S-mdlm/teacher $S-mdlm/sdtt $S-ar/teacher \
 	  --nfe 1 2 4 8 32 64 --rows 500 --seeds 2 --out assets/stories.json --overwrite
 
@@ -68,15 +69,15 @@ short: short-0 short-1 short-2
 	  --nfe 1 2 4 8 32 --rows 500 --seeds 3 --out assets/stories-short.json --overwrite
 
 short-%: data/stories
-	$(PY) train_teacher.py --data data/stories --out $B-$*/flow/teacher --seed $*
+	$(PY) train_teacher.py $(STORIES) --out $B-$*/flow/teacher --seed $*
 	$(PY) distill.py $B-$*/flow/teacher --seed $*
-	$(PY) train_teacher.py --data data/stories --out $B-$*/paper/teacher --stagger 0 --seed $*
+	$(PY) train_teacher.py $(STORIES) --out $B-$*/paper/teacher --stagger 0 --seed $*
 	$(PY) distill.py $B-$*/paper/teacher --method semigroup --diagonal 0.5 --boundary 0.03125 \
 	  --noise-levels 0 --given 0 --seed $*
-	$(PY) train_teacher.py --data data/stories --model mdlm --out $B-$*/mdlm/teacher --minutes 9 \
+	$(PY) train_teacher.py $(STORIES) --model mdlm --out $B-$*/mdlm/teacher --minutes 9 \
 	  --seed $*
 	$(PY) distill.py $B-$*/mdlm/teacher --out $B-$*/mdlm/sdtt --seed $*
-	$(PY) train_teacher.py --data data/stories --model ar --out $B-$*/ar/teacher --minutes 2.5 \
+	$(PY) train_teacher.py $(STORIES) --model ar --out $B-$*/ar/teacher --minutes 2.5 \
 	  --seed $*
 
 weights:

@@ -51,7 +51,7 @@ from train_teacher import (Objective, Run, add_training_options, all_reduce, bat
 LAPTOP = dict(
     method='rollout', rollout=8, reuse=5, top_k=32, noise_levels=6, substep=0.1, diagonal=0.125,
     boundary=0.85, loss='sid', alpha=1.0, fake_updates=2, adversarial=0.0, shared_noise=True,
-    candidates=3, given=0.15, dropout=0.0, minutes=12, iters=None, batch=64, optimizer='muon',
+    candidates=3, given=0.15, dropout=0.0, minutes=15, iters=None, batch=64, optimizer='muon',
     lr=2e-3, muon_lr=0.01, beta2=0.99, clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
 
 GPU = {**LAPTOP, 'rollout': 16, 'batch': 512, 'minutes': 10, 'evals': 4}
@@ -423,9 +423,13 @@ class FlowMap(Distillation):
     def iters_in(self, seconds, per_iter):
         if not self.seconds:
             return super().iters_in(seconds, per_iter)
-        # targets are made in one of `reuse` iterations
         making = statistics.median(self.seconds[-20:]) * len(self.caches)
-        return int(seconds / (per_iter - making + making / self.o.reuse))
+        # never none, however uneven the machine
+        learning = max(per_iter - making, 0.05 * per_iter)
+        # in all, targets are made in one of `reuse` iterations; in the first ones they were
+        made = len(self.seconds) / len(self.caches)
+        more = (seconds + made * per_iter) / (learning + making / self.o.reuse) - made
+        return int(min(more, seconds / learning))
 
     def resume(self, start, run, o):
         """Make the cached targets of a run that continues again: they are in no checkpoint."""

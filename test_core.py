@@ -705,14 +705,19 @@ def test_damage_is_noticed(home):
     rng = random.Random(0)
     for i in range(30):
         small_dataset('x', overwrite=False)
+        meta, _, _ = prepare_data.load_dataset('x')
         path = home / 'x' / ['meta.json', 'train.bin', 'val.bin'][i % 3]
         whole = path.read_bytes()
         at = rng.randrange(len(whole))
         flipped = whole[:at] + bytes([whole[at] ^ 1 << i % 8]) + whole[at + 1:]
         path.write_bytes([whole[:at], flipped][i // 3 % 2])
 
-        with pytest.raises(SystemExit):
-            prepare_data.load_dataset('x')
+        try:
+            found, _, _ = prepare_data.load_dataset('x')
+            # JSON's "\\u00e9" may have become "\\u00E9", which is the same
+            assert (path.name, found) == ('meta.json', meta)
+        except SystemExit as end:
+            assert end.code == 2
 
 
 def test_why_a_data_folder_cannot_be_read(home, capsys):
@@ -2631,16 +2636,21 @@ def test_minutes_become_iterations(monkeypatch, start, first, each, known, more)
     assert iters == start + known + more
 
 
-@pytest.mark.parametrize('seconds, caches, more', [
-    ([0.1] * 25, 1, 276), ([0.05] * 50, 2, 276), ([9.0] * 5 + [0.1] * 20, 1, 276), ([], 0, 188)])
-def test_minutes_count_the_cached_targets(seconds, caches, more):
+@pytest.mark.parametrize('left, seconds, caches, more', [
+    # (47 - 288 * 0.15) / 0.1 = 38, and 38 + 25 is a fifth of 288 + 25
+    (47, [0.1] * 25, 1, 288), (47, [0.05] * 50, 2, 288), (47, [9.0] * 5 + [0.1] * 20, 1, 288),
+    # no more are needed
+    (1, [0.1] * 25, 1, 6),
+    # there is no cache
+    (47, [], 0, 188)])
+def test_minutes_count_the_cached_targets(left, seconds, caches, more):
     """A student that is done in a third of its time, as only its first iterations are slow."""
     objective = flow_map('--reuse', 5)
     objective.seconds = seconds
     objective.caches = {i: distill.TargetCache() for i in range(caches)}
 
     # 0.15 s to learn, and 0.1 s for the targets of one in five
-    assert objective.iters_in(47, 0.25) == more
+    assert objective.iters_in(left, 0.25) == more
 
 
 def test_the_log_has_the_mean_loss_since_the_last_record(dozen, tmp_path, monkeypatch):

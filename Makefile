@@ -50,6 +50,7 @@ captions-%: data/captions
 # the weights in assets/ are from the first two lines, an hour and a quarter of one core; masked
 # diffusion is trained for as long as both, and then distilled; AR needs a quarter of an hour
 S = out/stories
+# the figures of stories are of batches of 128 rows, the weights, too
 STORIES = --data data/stories --batch 128
 stories: data/stories
 	$(PY) train_teacher.py $(STORIES) --layers 6 --iters 2600

@@ -426,9 +426,10 @@ class FlowMap(Distillation):
         making = statistics.median(self.seconds[-20:]) * len(self.caches)
         # never none, however uneven the machine
         learning = max(per_iter - making, 0.05 * per_iter)
-        # in all, targets are made in one of `reuse` iterations; in the first ones they were
+        # of all iterations one in `reuse` makes targets, and those so far are among them
         made = len(self.seconds) / len(self.caches)
         more = (seconds + made * per_iter) / (learning + making / self.o.reuse) - made
+        # if they suffice already, the others only learn
         return int(min(more, seconds / learning))
 
     def resume(self, start, run, o):

@@ -754,9 +754,8 @@ def detokenize(text):
 
 # files that begin with these bytes are decompressed, whatever their names
 COMPRESSED = {b'\x1f\x8b': gzip, b'BZh9': bz2, b'\xfd7zXZ': lzma}
-# Windows marks UTF-16, and may mark UTF-8; the mark of UTF-32 begins with that of UTF-16
-MARKS = {codecs.BOM_UTF8: 'utf-8-sig',
-         codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+# what is not UTF-8 is known by its mark; the mark of UTF-32 begins with that of UTF-16
+MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 # and these are not text
 SIGNATURES = {b'(\xb5/\xfd': 'compressed with zstd; unpack it',
@@ -809,9 +808,10 @@ def read_bytes(path):
 def read_text(path):
     """A file's text, without a byte-order mark, all line ends as \\n."""
     data = read_bytes(path)
-    found = (name for mark, name in MARKS.items() if data.startswith(mark))
+    marked = (name for mark, name in MARKS.items() if data.startswith(mark))
     try:
-        text = data.decode(next(found, 'utf-8'))
+        # Windows may mark UTF-8, too
+        text = data.decode(next(marked, 'utf-8-sig'))
         if '\0' not in text:
             return text.replace('\r\n', '\n').replace('\r', '\n')
         before = data[:data.index(0)]

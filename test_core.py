@@ -112,7 +112,7 @@ def test_bpe_merges(text, learned):
     '\u1000\u101c\u1031\u1038 \u1025\u101a\u103b\u102c\u1009\u103a \u1019\u102d',   # Burmese
     '\u05e1\u05b5\u05e4\u05b6\u05e8 \u05de\u05b7\u05d9\u05b4\u05dd',                # Hebrew
     unicodedata.normalize('NFD', 'tr\u1ebb em ch\u01a1i v\u01b0\u1eddn'),           # Vietnamese
-    'Recht\u00adschrei\u00adbung ver\u00adbessern',                               # soft hyphens
+    'Recht\u00adschrei\u00adbung ver\u00adbessern',                                 # soft hyphens
 ])
 def test_a_word_of_any_script_is_one_token(words, tokenizer):
     """Words cut at vowel signs, which are letters for one regular expression engine only."""
@@ -714,7 +714,7 @@ def test_damage_is_noticed(home):
 
         try:
             found, _, _ = prepare_data.load_dataset('x')
-            # JSON's "\\u00e9" may have become "\\u00E9", which is the same
+            # in JSON \u00e9 may have become \u00E9, which is the same
             assert (path.name, found) == ('meta.json', meta)
         except SystemExit as end:
             assert end.code == 2
@@ -2937,7 +2937,7 @@ def test_a_stop_at_any_moment_loses_nothing(
 
 
 @pytest.mark.parametrize('name', train_teacher.Stopper.SIGNALS)
-def test_any_signal_that_asks_to_end_is_heard(monkeypatch, capfd, name):
+def test_any_signal_that_asks_to_end_is_heard(capfd, name):
     """Hours lost to Ctrl-\\, or to a scheduler that announces the end of a job in its own way."""
     if not hasattr(signal, name):
         pytest.skip(f'no {name}')

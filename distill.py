@@ -49,7 +49,7 @@ from train_teacher import (Objective, Run, add_training_options, all_reduce, bat
 # ours, for minutes on a CPU: cached trajectories of the teacher, quantized noise, more rows at
 # (0, 1), higher rates
 LAPTOP = dict(
-    method='rollout', rollout=8, reuse=5, top_k=32, noise_levels=6, substep=0.1, diagonal=0.125,
+    method='rollout', rollout=8, reuse=5, top_k=32, noise_levels=3, substep=0.1, diagonal=0.125,
     boundary=0.85, loss='sid', alpha=1.0, fake_updates=2, adversarial=0.0, shared_noise=True,
     candidates=3, given=0.15, dropout=0.0, minutes=15, iters=None, batch=64, optimizer='muon',
     lr=2e-3, muon_lr=0.01, beta2=0.99, clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
@@ -69,7 +69,8 @@ PRESETS = {'laptop': LAPTOP, 'gpu': GPU, 'paper': PAPER}
 BY_DATA = {
     'text': {},
     'pairs': dict(minutes=8),
-    'stories': dict(rollout=16, minutes=4),
+    # noise of two channels and three levels would have too few values
+    'stories': dict(rollout=16, noise_levels=6, minutes=4),
 }
 BY_METHOD = {
     'flow map': {},

@@ -1587,7 +1587,7 @@ def test_a_new_flow_map_is_its_teacher_whatever_time_it_jumps_to():
     for t in (s, torch.ones(3)):
         assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
     assert frozen(student) == {'net.embed'}
-    assert student.config == replace(teacher.config, calls=1, noise_levels=6)
+    assert student.config == replace(teacher.config, calls=1, noise_levels=3)
 
 
 @torch.no_grad()

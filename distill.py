@@ -49,7 +49,7 @@ from train_teacher import (Objective, Run, add_training_options, all_reduce, bat
 # ours, for minutes on a CPU: cached trajectories of the teacher, quantized noise, more rows at
 # (0, 1), higher rates
 LAPTOP = dict(
-    method='rollout', rollout=8, reuse=5, top_k=32, noise_levels=6, substep=0.1, diagonal=0.125,
+    method='rollout', rollout=8, reuse=5, top_k=32, noise_levels=3, substep=0.1, diagonal=0.125,
     boundary=0.85, loss='sid', alpha=1.0, fake_updates=2, adversarial=0.0, shared_noise=True,
     candidates=3, given=0.15, dropout=0.0, minutes=15, iters=None, batch=64, optimizer='muon',
     lr=2e-3, muon_lr=0.01, beta2=0.99, clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
@@ -63,13 +63,11 @@ PAPER = {
     'minutes': None, 'iters': 100_000, 'batch': 512, 'optimizer': 'adamw', 'lr': 3e-4,
     'beta2': 0.95, 'warmup': 2500, 'decay': 0.0, 'ema': 0.9999, 'evals': 20}
 
-PRESETS = {'laptop': LAPTOP, 'gpu': GPU, 'paper': PAPER}
-
 # what differs by the kind of data and of student
 BY_DATA = {
-    'text': dict(noise_levels=3),
-    'pairs': dict(minutes=8),
-    'stories': dict(rollout=16, minutes=4),
+    'text': {},
+    'pairs': dict(noise_levels=6, minutes=8),
+    'stories': dict(rollout=16, noise_levels=6, minutes=4),
 }
 BY_METHOD = {
     'flow map': {},
@@ -132,7 +130,7 @@ ONLY_FOR_METHOD = {
 def parse(argv=None):
     """The options of a command line; what is not given is None, see fill_in."""
     parser = Parser(description=__doc__)
-    add = preset_adder(parser, **PRESETS)
+    add = preset_adder(parser, laptop=LAPTOP, gpu=GPU, paper=PAPER)
     # what and where
     add('teacher', nargs='?', default='',
         help='folder or .pt file of the teacher; default: the newest in out/')
@@ -264,7 +262,7 @@ def rollout_target(student, teacher, h, given, s, t, o):
     """
     ours: delta_{s,t}(h) along the teacher's trajectory, in o.rollout steps from s to t: (B, L, V).
     A student trained on jumps of its own may drift away from its teacher; this one cannot. A step
-    aims at what the predictions so far say of its end: fewer steps are needed than with Euler's.
+    aims at the prediction extrapolated to its end, not at that of its start: likelier texts.
     """
     # with stagger the first steps decide what the text is about: shorter ones keep it diverse
     power = 1.5 if teacher.config.stagger > 0 else 1.0
@@ -278,8 +276,7 @@ def rollout_target(student, teacher, h, given, s, t, o):
         p = teacher.predict(h, given, now).softmax(-1)
         aim = p
         if before is not None:
-            # extrapolated to the end of the step; to its middle would be Adams-Bashforth, of second
-            # order, whose texts are less likely
+            # to the middle of the step it would be Adams-Bashforth, whose texts are less likely
             longer = (ends[i + 1] - ends[i]) / (ends[i] - ends[i - 1])
             aim = p + longer * (p - before)
         before = p

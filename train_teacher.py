@@ -45,7 +45,7 @@ from model import Config, autocast, build, generator, has_bf16, load, pick_devic
 # open gates, a reparameterization that follows the loss, given tokens in a fraction of the rows, an
 # anchor for the diffusion. assets/ablations.md has what each of them brings
 LAPTOP = dict(
-    layers=4, heads=8, width=128, channels=4, network='ours', dropout=0.0, gate=0.3,
+    layers=4, heads=6, width=96, channels=4, network='ours', dropout=0.0, gate=0.3,
     hidden_input=True, reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False,
     minutes=12, iters=None, batch=64, optimizer='muon', lr=3e-3, muon_lr=0.02, beta2=0.99,
     clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
@@ -60,14 +60,11 @@ PAPER = dict(
     minutes=None, iters=1_000_000, batch=512, optimizer='adamw', lr=3e-4, muon_lr=0.02,
     beta2=0.999, clip=1.0, warmup=2500, decay=0.0, ema=0.9999, evals=200)
 
-PRESETS = {'laptop': LAPTOP, 'gpu': GPU, 'paper': PAPER}
-
 # what differs by the kind of data and by the model
 BY_DATA = {
-    # a laptop makes too few iterations for a larger network to catch up
-    'text': dict(heads=6, width=96),
-    'pairs': dict(minutes=10),
-    'stories': dict(channels=2, reparam='root', stagger=3.0, minutes=5),
+    'text': {},
+    'pairs': dict(heads=8, width=128, minutes=10),
+    'stories': dict(heads=8, width=128, channels=2, reparam='root', stagger=3.0, minutes=5),
 }
 BY_MODEL = {
     'flm': {},
@@ -108,7 +105,7 @@ ONLY_FOR = {
 def parse(argv=None):
     """The options of a command line; what is not given is None, see fill_in."""
     parser = Parser(description=__doc__)
-    add = preset_adder(parser, **PRESETS)
+    add = preset_adder(parser, laptop=LAPTOP, gpu=GPU, paper=PAPER)
     # what and where
     add('--data', default='', help='folder made by prepare_data.py; default: the newest')
     add('--out', default='', help='folder to write to; default: out/<data>[-<model>]/teacher')

@@ -41,6 +41,10 @@ captions: captions-0 captions-1
 	  --nfe 1 2 8 16 32 --seeds 2 --scorer $C-scorer --out assets/captions.json --overwrite
 	$(PY) bench.py quality $C-{seed}/mdlm $C-scorer --temperature 0.5 --nfe 8 16 --seeds 2 \
 	  --scorer $C-scorer --out assets/captions-cool.json --overwrite
+	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.8 --nfe 2 4 8 16 --seeds 2 \
+	  --scorer $C-scorer --out assets/captions-0.8.json --overwrite
+	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.9 --nfe 2 4 8 16 --seeds 2 \
+	  --scorer $C-scorer --out assets/captions-0.9.json --overwrite
 
 captions-%: data/captions
 	$(PY) train_teacher.py --data data/captions --out $C-$*/teacher --seed $*

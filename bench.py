@@ -1168,8 +1168,9 @@ def picture(lines, path):
 #     <!-- end -->
 #
 # An entry with braces is a column: its heading, and what stands in a cell, as in str.format. Any
-# other is a model: its label, the end of its name, and the calls to show, if not all. A figure of
-# `batch` rows is {ms_64}, half the range over seeds {valid_spread}.
+# other is a model: its label, the end of its name (of another file: stories.json:flow/teacher), and
+# the calls to show, if not all. A figure of `batch` rows is {ms_64}, half the range over seeds
+# {valid_spread}.
 
 def page_figures(runs):
     """Lines of a JSON file that are of one model -> {nfe: {name of a figure: its value}}."""
@@ -1192,9 +1193,8 @@ def page_cell(form, figures):
         return ''
 
 
-def page_table(path, link, entries):
+def page_table(folder, link, entries):
     """The Markdown table of a JSON file's figures that the entries of a mark ask for."""
-    runs = json.loads(path.read_text())['runs']
     models = []
     columns = []
     for entry in re.split(r'[;\n]\s*', entries.strip()):
@@ -1203,10 +1203,13 @@ def page_table(path, link, entries):
         kind.append((name, what))
 
     headings = [name for name, _ in columns]
-    lines = [as_row([f'[{path.stem}]({link})', 'calls', *headings])]
+    lines = [as_row([f'[{Path(link).stem}]({link})', 'calls', *headings])]
     lines.append('|---' * (len(columns) + 2) + '|')
     for label, what in models:
-        end, _, calls = what.partition(' @ ')
+        name, _, calls = what.partition(' @ ')
+        other, _, end = name.rpartition(':')
+        path = folder / (other or link)
+        runs = json.loads(path.read_text())['runs']
         chosen = [run for run in runs if run['model'].endswith(end)]
         names = {run['model'] for run in chosen}
         if len(names) != 1:
@@ -1224,7 +1227,7 @@ def fill_tables(text, folder):
     """A page that lies in a folder, with all tables between marks written anew."""
     def fill(found):
         mark, link, entries = found.groups()
-        table = page_table(folder / link, link, entries)
+        table = page_table(folder, link, entries)
         return f'{mark}{table}\n<!-- end -->'
 
     return re.sub(r'(<!-- table: (\S+)\n(.*?)-->\n).*?<!-- end -->', fill, text, flags=re.S)

@@ -4843,7 +4843,7 @@ def test_a_picture_has_a_line_for_each_model(here):
 
 PAGE_WITH_A_TABLE = '''Before.
 <!-- table: data/f.json
-student = flow/student @ 1 4; rival, slow = ar
+student = flow/student @ 1 4; rival, slow = data/g.json:ar
 valid = {valid:.1%}; +- = {valid_spread:.0%}; 8 rows = {ms_8:.1f} ({times_8:.0f})
 minutes = {train_minutes:.0f}
 -->
@@ -4864,7 +4864,8 @@ def test_a_table_of_a_page_is_made_from_its_figures(here, capsys):
             line('out/{seed}/flow/student', 4, {'batch': 8, 'ms': 3.0, 'times': 4.0}),
             line('out/ar', 21, {'valid': 0.9375, 'train_minutes': 12.0})]
     Path('data').mkdir()
-    Path('data/f.json').write_text(json.dumps({'runs': runs}))
+    Path('data/f.json').write_text(json.dumps({'runs': runs[:-1]}))
+    Path('data/g.json').write_text(json.dumps({'runs': runs[-1:]}))
 
     made = bench.fill_tables(PAGE_WITH_A_TABLE, here)
 

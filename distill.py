@@ -422,7 +422,7 @@ class FlowMap(Distillation):
     def iters_in(self, seconds, per_iter):
         if not self.seconds:
             return super().iters_in(seconds, per_iter)
-        making = statistics.median(self.seconds[-20:]) * len(self.caches)
+        making = self.making()
         # never none, however uneven the machine
         learning = max(per_iter - making, 0.05 * per_iter)
         # of all iterations one in `reuse` makes targets, and those so far are among them
@@ -430,6 +430,20 @@ class FlowMap(Distillation):
         more = (seconds + made * per_iter) / (learning + making / self.o.reuse) - made
         # if they suffice already, the others only learn
         return int(min(more, seconds / learning))
+
+    def making(self):
+        """Seconds that the targets of a batch take."""
+        return statistics.median(self.seconds[-20:]) * len(self.caches)
+
+    def seconds_left(self, start, it, iters, seconds):
+        if not self.makes or not self.seconds or it <= start:
+            return super().seconds_left(start, it, iters, seconds)
+        made = min(it, self.makes)
+        made_since = max(0, made - start)
+        # the iterations to come learn, and only the first ones of a run make targets
+        seconds_learning = max(seconds - self.making() * made_since, 0.05 * seconds)
+        learning = super().seconds_left(start, it, iters, seconds_learning)
+        return learning + self.making() * (self.makes - made)
 
     def resume(self, start, run, o):
         """Make the cached targets of a run that continues again: they are in no checkpoint."""

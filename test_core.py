@@ -2674,6 +2674,27 @@ def test_minutes_count_the_cached_targets(left, seconds, caches, more):
     assert objective.iters_in(left, 0.25) == more
 
 
+@pytest.mark.parametrize('start, it, seconds, left', [
+    # 100 of 1,000 iterations, and half of the 200 that make targets: 900 to learn, 100 to make
+    (0, 100, 25.0, 145.0),
+    (0, 600, 110.0, 60.0),
+    # after --resume: 50 that make targets, or none
+    (50, 100, 12.5, 145.0),
+    (500, 600, 15.0, 60.0)])
+def test_the_time_left_counts_the_cached_targets(start, it, seconds, left):
+    """A line that says 35 minutes in a run of 15."""
+    objective = flow_map('--reuse', 5)
+    objective.seconds = [0.1]
+    objective.caches = {0: distill.TargetCache()}
+    objective.before(it - 1, 1000, None, None)
+
+    # 0.15 s to learn, and 0.1 s for targets
+    assert objective.seconds_left(start, it, 1000, seconds) == pytest.approx(left)
+    objective.seconds = []
+    assert objective.seconds_left(start, it, 1000, seconds) == pytest.approx(
+        seconds / (it - start) * (1000 - it))
+
+
 def test_the_log_has_the_mean_loss_since_the_last_record(dozen, tmp_path, monkeypatch):
     """A loss that falls slower and slower, because it is the mean since the start."""
     losses = itertools.count()
@@ -3060,7 +3081,7 @@ def test_a_line_is_printed_every_ten_seconds(tmp_path, monkeypatch, capsys, iter
     """Minutes without a word, because lines are counted in iterations."""
     now = 0.0
     monkeypatch.setattr(train_teacher, 'time', Namespace(perf_counter=lambda: now))
-    log = train_teacher.Log(tmp_path, 0, 64)
+    log = train_teacher.Log(tmp_path, 0, 64, train_teacher.Objective().seconds_left)
 
     for it in range(60):
         now = float(it)

@@ -445,9 +445,10 @@ def update(model, ema, optimizers, it, factor, o):
 class Log:
     """Progress lines by the clock on the terminal, records by iteration in <out>/log.jsonl."""
 
-    def __init__(self, out, start, tokens, seconds=0.0):
+    def __init__(self, out, start, tokens, seconds_left, seconds=0.0):
         self.start = start
         self.tokens = tokens  # per iteration
+        self.seconds_left = seconds_left  # see Objective
         self.seconds = seconds  # before a stop
         self.began = time.perf_counter()
         self.next_line = 5.0  # seconds; then one every ten
@@ -482,7 +483,8 @@ class Log:
         speed = done * self.tokens / max(seconds, 1e-9)
         left = ''
         if iters is not None:
-            left = f', {timedelta(seconds=int(seconds / done * (iters - it)))} left'
+            more = self.seconds_left(self.start, it, iters, seconds)
+            left = f', {timedelta(seconds=int(more))} left'
         parts = [f'{name} {x:.4g}' if isinstance(x, float) else f'{name} {x}'
                  for name, x in values.items()]
         text = '  '.join(parts)
@@ -703,6 +705,10 @@ class Objective:
         """How many more iterations so many seconds hold, at the speed of the first ones."""
         return int(seconds / per_iter)
 
+    def seconds_left(self, start, it, iters, seconds):
+        """For the iterations from `it` on, if those since `start` took so many seconds."""
+        return seconds / max(1, it - start) * (iters - it)
+
     def measure(self, ema, run, it, iters, log):
         """Called a few times per run: measure the averaged weights, and log it."""
 
@@ -832,7 +838,7 @@ def train(run, model, objective, o):
         means = Means(run.ckpt['means'] if run.rank == 0 else None, run.device)
         seconds = run.ckpt['seconds']
     objective.resume(start, run, o)
-    log = Log(run.out, start, o.batch * run.meta['length'], seconds)
+    log = Log(run.out, start, o.batch * run.meta['length'], objective.seconds_left, seconds)
     stopper = Stopper()
     clock = Clock(o.minutes, start, run.device)
 

@@ -30,6 +30,7 @@ import os
 import random
 import re
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -698,11 +699,13 @@ SETS = {
                  tokenizer='words:2000'),
     'qqp': dict(source='nyu-mll/glue', config='qqp', rows=True, columns=('question1', 'question2'),
                 tokenizer='bpe:2048', length=40),
+    # rows of its lines
+    'shakespeare': dict(source='karpathy/tiny_shakespeare', revision=PARQUET, rows=True,
+                        tokenizer='words:2000'),
 }
 SETS |= {
     # documents of the column `text`; `val` is about the usual test set. lm1b and owt have FLM's
     # lengths, but not its tokenizer for lm1b, bert:vocab.txt; ours: the others, for a laptop
-    'shakespeare': dict(source='karpathy/tiny_shakespeare', revision=PARQUET, tokenizer='bpe:2048'),
     'tinystories': dict(source='roneneldan/TinyStories', val=0.01, tokenizer='bpe:4096',
                         length=128),
     'text8': dict(source='afmck/text8', split='train+validation+test', val=0.05,
@@ -737,6 +740,8 @@ def load_hub(name, cache, left_out):
         # a small table is done before other processes have started
         many = os.cpu_count() if len(table) > 10_000 else None
         table = table.map(lambda row: {'text': detokenize(row['text'] or '')}, num_proc=many)
+    if name == 'shakespeare':
+        return [line for text in table['text'] for line in text.split('\n')]
     return table['text']
 
 
@@ -973,8 +978,8 @@ def choose_tokenizer(items, kind):
         words = set(learn_words('words', texts, 2000 - len(SPECIAL)))
         kept = sum(words.issuperset(split_words('words', text)) for text in texts)
         # ours: a small network learns whole words better than parts of words, if enough is left: a
-        # third of the texts, and ten for each word, so that it occurs in several contexts
-        if kept >= max(len(texts) / 3, 10 * len(words)):
+        # quarter of the texts, and four for each word, so that it occurs in several contexts
+        if kept >= max(len(texts) / 4, 4 * len(words)):
             return 'words:2000'
     # ours: a vocabulary so small that even its rarest tokens occur a few dozen times
     characters = sum(map(len, texts))
@@ -982,6 +987,13 @@ def choose_tokenizer(items, kind):
         if characters >= 400 * size:
             return f'bpe:{size}'
     return 'byte'
+
+
+def has_short_lines(texts):
+    """Whether the lines of these texts are those of verse, names or messages, not of prose."""
+    lines = [line for text in texts[:1000] for line in text[:100_000].split('\n') if line.strip()]
+    # prose is wrapped at some seventy characters, or not at all
+    return bool(lines) and statistics.median(map(len, lines)) < 55
 
 
 def choose_length(sizes):
@@ -1370,9 +1382,13 @@ def main(argv=None):
 
     save_dataset(folder, train, val, spec, kind, pairs, length, source, args.overwrite)
     say(f'left out: {reasons}')
+    if not args.tokenizer and tokenizer.startswith('words:') and 'unknown words' in reasons:
+        say('--tokenizer bpe:2048 keeps texts with other words, in pieces')
     V = len(spec['tokens']) + len(SPECIAL)
     say(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; {kind} of {length}; '
         f'{spec["name"]}, {V:,} tokens; {time.time() - start:.0f} s')
+    if args.input and kind == 'stream' and has_short_lines(items):
+        say('its lines are short: with --rows each is a text of its own, which is easier to learn')
     command = as_command(['python', 'train_teacher.py', '--data', folder])
     say(f'next: {command}')
     if pairs:

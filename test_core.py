@@ -220,7 +220,7 @@ def lines_of_words(n):
 
 @pytest.mark.parametrize('text, rows, tokenizer, vocab, length', [
     (lines_of_words(2000), ['--rows'], 'words:2000', 124, 5),           # few words, many lines
-    (lines_of_words(600), ['--rows'], 'byte', 260, 16),                 # too few lines of them
+    (lines_of_words(400), ['--rows'], 'byte', 260, 16),                 # too few lines of them
     ('\n'.join('ab' * i for i in range(1, 100)), ['--rows'], 'byte', 260, 128),  # not the longest
     ('one two three four. ' * 11_000, [], 'bpe:512', 274, 32),
 ])
@@ -232,6 +232,34 @@ def test_tokenizer_and_length_suit_the_text(home, capsys, text, rows, tokenizer,
 
     assert (meta['tokenizer']['name'], meta['vocab'], meta['length']) == (tokenizer, vocab, length)
     assert f'{tokenizer}, {vocab} tokens' in out
+
+
+@pytest.mark.parametrize('rare, words, said', [
+    (2000, [], True), (2000, ['--tokenizer', 'words:2000'], False), (9, [], False)])
+def test_left_out_words_that_nobody_asked_to_leave_out(home, capsys, rare, words, said):
+    """A good part of a text lost to a default, without a word on how to keep it."""
+    Path('a.txt').write_text(lines_of_words(9000) + ''.join(f'\nb x{i}' for i in range(rare)))
+
+    meta, *_, out = prepared(capsys, '--rows', *words)
+
+    assert meta['tokenizer']['name'] == 'words:2000'
+    assert ('--tokenizer bpe:2048 keeps texts with other words' in out) == said
+
+
+@pytest.mark.parametrize('text, words, said', [
+    ('To be, or not to be:\n\nthat is the question.\n' * 20, [], True),
+    ('To be, or not to be:\n\nthat is the question.\n' * 20, ['--rows', '--length', 64], False),
+    ('ann\nbo\n' * 99, [], True),
+    ('Prose that is wrapped, as mail and books are, at some seventy letters.\n' * 20, [], False),
+    (('A whole paragraph is a line here. ' * 9 + '\n') * 3, [], False),
+])
+def test_short_lines_are_noticed(home, capsys, text, words, said):
+    """Verse or names learned as a stream, of which any window is a row, without a word about it."""
+    Path('a.txt').write_text(text)
+
+    *_, out = prepared(capsys, '--tokenizer', 'byte', *words)
+
+    assert ('with --rows each is a text of its own' in out) == said
 
 
 def test_dates_are_complete_and_fit_their_rows():
@@ -572,6 +600,8 @@ def test_neither_side_of_a_paraphrase_is_in_both_splits(pairs):
     ('snli', {'premise': ['p', 'q'], 'hypothesis': ['a b', 'b b'], 'label': [0, -1]}, [],
      [('', 'a b'), ('', 'b b')]),
     ('tinystories', {'text': ['a b', 'b\nc', None]}, ['--rows'], [('', 'a b'), ('', 'b\nc')]),
+    ('shakespeare', {'text': ['A:\na b\n\nB:\nb a\n', 'A:\nb']}, [],
+     [('', text) for text in ('A:', 'B:', 'a b', 'b', 'b a')]),
     ('lm1b', {'text': ["It 's here .", '', None, 'And ( " there " ) .'] * 9, 'id': [1] * 36},
      ['--val', .5], "It's here.<eos>And (\"there\").<eos>" * 9),
 ])

@@ -1,7 +1,7 @@
 # make demo: text in one network call, from nothing, on a laptop
 # make test: the tests; make slow: those that take long; make lint: the linter
-# What the pages report, made anew: make captions, stories, short, dates, dates-diffuseq, qqp, speed;
-# with a GPU: make gpu-speed, gpu-text; then make tables
+# What the pages report, made anew: make captions, captions-two-hours, stories, short, dates,
+# dates-diffuseq, qqp, speed; with a GPU: make gpu-speed, gpu-text; then make tables
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -45,6 +45,14 @@ captions: captions-0 captions-1
 	  --scorer $C-scorer --out assets/captions-0.8.json --overwrite
 	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.9 --nfe 2 4 8 16 --seeds 2 \
 	  --scorer $C-scorer --out assets/captions-0.9.json --overwrite
+
+# the same in two hours: a larger flow
+captions-two-hours: data/captions
+	$(PY) train_teacher.py --data data/captions --layers 6 --heads 8 --width 128 --minutes 45 \
+	  --out $C-two-hours/teacher
+	$(PY) distill.py $C-two-hours/teacher --minutes 75
+	$(PY) bench.py quality $C-two-hours/teacher $C-two-hours/student --nfe 1 2 8 32 --seeds 2 \
+	  --scorer $C-scorer --out assets/captions-two-hours.json --overwrite
 
 captions-%: data/captions
 	$(PY) train_teacher.py --data data/captions --out $C-$*/teacher --seed $*
@@ -161,5 +169,5 @@ gpu-text: data/captions
 tables: .venv
 	$(PY) bench.py tables
 
-.PHONY: demo test slow lint captions stories short dates dates-diffuseq qqp weights speed gpu-speed \
-	gpu-text tables
+.PHONY: demo test slow lint captions captions-two-hours stories short dates dates-diffuseq qqp \
+	weights speed gpu-speed gpu-text tables

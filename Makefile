@@ -34,16 +34,16 @@ data/captions: | .venv
 # the headline: captions from the Hugging Face hub, or lines of a file (CAPTIONS=captions.txt). Masked
 # diffusion gets the minutes of teacher and student; the scorer is larger, and trained for longer
 C = out/captions
-captions: captions-0 captions-1
+captions: captions-0 captions-1 captions-2
 	$(PY) train_teacher.py --data data/captions --model ar --layers 6 --heads 6 --width 192 \
 	  --dropout 0.1 --batch 64 --minutes 40 --seed 7 --out $C-scorer
 	$(PY) bench.py quality $C-{seed}/teacher $C-{seed}/student $C-{seed}/mdlm $C-scorer \
-	  --nfe 1 2 8 16 32 --seeds 2 --scorer $C-scorer --out assets/captions.json --overwrite
+	  --nfe 1 2 8 16 32 --seeds 3 --scorer $C-scorer --out assets/captions.json --overwrite
 	$(PY) bench.py quality $C-{seed}/mdlm $C-scorer --temperature 0.5 --nfe 8 16 --seeds 2 \
 	  --scorer $C-scorer --out assets/captions-cool.json --overwrite
-	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.8 --nfe 2 4 8 16 --seeds 2 \
+	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.8 --nfe 2 4 8 16 --seeds 3 \
 	  --scorer $C-scorer --out assets/captions-0.8.json --overwrite
-	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.9 --nfe 2 4 8 16 --seeds 2 \
+	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.9 --nfe 2 4 8 16 --seeds 3 \
 	  --scorer $C-scorer --out assets/captions-0.9.json --overwrite
 
 # the same in two hours: a larger flow

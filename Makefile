@@ -34,9 +34,7 @@ data/captions: | .venv
 # the headline: captions from the Hugging Face hub, or lines of a file (CAPTIONS=captions.txt). Masked
 # diffusion gets the minutes of teacher and student; the scorer is larger, and trained for longer
 C = out/captions
-captions: captions-0 captions-1 captions-2
-	$(PY) train_teacher.py --data data/captions --model ar --layers 6 --heads 6 --width 192 \
-	  --dropout 0.1 --batch 64 --minutes 40 --seed 7 --out $C-scorer
+captions: captions-0 captions-1 captions-2 $C-scorer/model.pt
 	$(PY) bench.py quality $C-{seed}/teacher $C-{seed}/student $C-{seed}/mdlm $C-scorer \
 	  --nfe 1 2 8 16 32 --seeds 3 --scorer $C-scorer --out assets/captions.json --overwrite
 	$(PY) bench.py quality $C-{seed}/mdlm $C-scorer --temperature 0.5 --nfe 8 16 --seeds 2 \
@@ -47,12 +45,16 @@ captions: captions-0 captions-1 captions-2
 	  --scorer $C-scorer --out assets/captions-0.9.json --overwrite
 
 # the same in two hours: a larger flow
-captions-two-hours: data/captions
+captions-two-hours: data/captions $C-scorer/model.pt
 	$(PY) train_teacher.py --data data/captions --layers 6 --heads 8 --width 128 --minutes 45 \
 	  --out $C-two-hours/teacher
 	$(PY) distill.py $C-two-hours/teacher --minutes 75
 	$(PY) bench.py quality $C-two-hours/teacher $C-two-hours/student --nfe 1 2 8 32 --seeds 2 \
 	  --scorer $C-scorer --out assets/captions-two-hours.json --overwrite
+
+$C-scorer/model.pt: | data/captions
+	$(PY) train_teacher.py --data data/captions --model ar --layers 6 --heads 6 --width 192 \
+	  --dropout 0.1 --batch 64 --minutes 40 --seed 7 --out $C-scorer
 
 captions-%: data/captions
 	$(PY) train_teacher.py --data data/captions --out $C-$*/teacher --seed $*

@@ -1194,7 +1194,7 @@ def page_cell(form, figures):
 
 
 def page_table(folder, link, entries):
-    """The Markdown table of a JSON file's figures that the entries of a mark ask for."""
+    """The Markdown table that a mark asks for; an entry names its JSON file, or it is `link`."""
     models = []
     columns = []
     for entry in re.split(r'[;\n]\s*', entries.strip()):
@@ -1206,8 +1206,8 @@ def page_table(folder, link, entries):
     lines = [as_row([f'[{Path(link).stem}]({link})', 'calls', *headings])]
     lines.append('|---' * (len(columns) + 2) + '|')
     for label, what in models:
-        name, _, calls = what.partition(' @ ')
-        other, _, end = name.rpartition(':')
+        model, _, calls = what.partition(' @ ')
+        other, _, end = model.rpartition(':')
         path = folder / (other or link)
         runs = json.loads(path.read_text())['runs']
         chosen = [run for run in runs if run['model'].endswith(end)]

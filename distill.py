@@ -423,8 +423,7 @@ class FlowMap(Distillation):
         if not self.seconds:
             return super().iters_in(seconds, per_iter)
         making = self.making()
-        # never none, however uneven the machine
-        learning = max(per_iter - making, 0.05 * per_iter)
+        learning = self.learning(per_iter, 1, 1)
         # of all iterations one in `reuse` makes targets, and those so far are among them
         made = len(self.seconds) / len(self.caches)
         more = (seconds + made * per_iter) / (learning + making / self.o.reuse) - made
@@ -435,15 +434,18 @@ class FlowMap(Distillation):
         """Seconds that the targets of a batch take."""
         return statistics.median(self.seconds[-20:]) * len(self.caches)
 
+    def learning(self, seconds, done, made):
+        """Seconds of an iteration without targets, where `made` of those done made some."""
+        # never none, however uneven the machine
+        return max(seconds - self.making() * made, 0.05 * seconds) / done
+
     def seconds_left(self, start, it, iters, seconds):
         if not self.makes or not self.seconds or it <= start:
             return super().seconds_left(start, it, iters, seconds)
+        # only the first iterations of a run make targets
         made = min(it, self.makes)
-        made_since = max(0, made - start)
-        # the iterations to come learn, and only the first ones of a run make targets
-        seconds_learning = max(seconds - self.making() * made_since, 0.05 * seconds)
-        learning = super().seconds_left(start, it, iters, seconds_learning)
-        return learning + self.making() * (self.makes - made)
+        learning = self.learning(seconds, it - start, max(0, made - start))
+        return learning * (iters - it) + self.making() * (self.makes - made)
 
     def resume(self, start, run, o):
         """Make the cached targets of a run that continues again: they are in no checkpoint."""

@@ -30,7 +30,6 @@ import os
 import random
 import re
 import shlex
-import statistics
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -699,7 +698,7 @@ SETS = {
                  tokenizer='words:2000'),
     'qqp': dict(source='nyu-mll/glue', config='qqp', rows=True, columns=('question1', 'question2'),
                 tokenizer='bpe:2048', length=40),
-    # rows of its lines
+    # rows of the lines of the column `text`
     'shakespeare': dict(source='karpathy/tiny_shakespeare', revision=PARQUET, rows=True,
                         tokenizer='words:2000'),
 }
@@ -740,7 +739,7 @@ def load_hub(name, cache, left_out):
         # a small table is done before other processes have started
         many = os.cpu_count() if len(table) > 10_000 else None
         table = table.map(lambda row: {'text': detokenize(row['text'] or '')}, num_proc=many)
-    if name == 'shakespeare':
+    if hub.get('rows'):
         return [line for text in table['text'] for line in text.split('\n')]
     return table['text']
 
@@ -991,9 +990,10 @@ def choose_tokenizer(items, kind):
 
 def has_short_lines(texts):
     """Whether the lines of these texts are those of verse, names or messages, not of prose."""
-    lines = [line for text in texts[:1000] for line in text[:100_000].split('\n') if line.strip()]
+    lines = chain.from_iterable(text[:100_000].split('\n') for text in texts)
+    sizes = [len(line) for line in islice(lines, 10_000) if line.strip()]
     # prose is wrapped at some seventy characters, or not at all
-    return bool(lines) and statistics.median(map(len, lines)) < 55
+    return bool(sizes) and np.median(sizes) < 55
 
 
 def choose_length(sizes):
@@ -1382,7 +1382,8 @@ def main(argv=None):
 
     save_dataset(folder, train, val, spec, kind, pairs, length, source, args.overwrite)
     say(f'left out: {reasons}')
-    if not args.tokenizer and tokenizer.startswith('words:') and 'unknown words' in reasons:
+    unknown = left_out['with unknown words or characters']
+    if unknown and not args.tokenizer and tokenizer.startswith('words:'):
         say('--tokenizer bpe:2048 keeps texts with other words, in pieces')
     V = len(spec['tokens']) + len(SPECIAL)
     say(f'{folder}: {len(train):,} tokens to train on, {len(val):,} held out; {kind} of {length}; '

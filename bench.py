@@ -1188,7 +1188,7 @@ def page_figures(runs):
 def page_cell(form, figures):
     """A cell of a page's table; empty where a figure was not measured."""
     try:
-        return form.format_map(figures).replace('%', ' %')
+        return form.format_map(figures)
     except KeyError:
         return ''
 

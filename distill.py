@@ -577,7 +577,7 @@ class ScoreDistillation(Distillation):
         """What the student minimizes; both denoisers pass gradients on, but are not updated."""
         student = self.student
         x = student.generate(student.initial_noise(given, rng), given)
-        # not at the very ends: SiD's range of noise levels, 2 to 98 %
+        # not at the very ends: SiD's range of noise levels, 2 to 98%
         t = 0.02 + 0.96 * torch.rand(len(given), generator=rng, device=given.device)
         x_t = student.q_sample(x, clean, given, t, rng)
         teacher_x = self.teacher.predict(x_t, given, t)

@@ -973,12 +973,13 @@ def clean_items(items, keep_duplicates, left_out):
 def choose_tokenizer(items, kind):
     """The --tokenizer that suits the text, for those who name none."""
     texts = list(all_texts(items))
-    if kind == 'rows' and len(texts) == len(items):
+    if kind == 'rows':
         words = set(learn_words('words', texts, 2000 - len(SPECIAL)))
-        kept = sum(words.issuperset(split_words('words', text)) for text in texts)
-        # ours: a small network learns whole words better than parts of words, if enough is left: a
-        # quarter of the texts, and four for each word, so that it occurs in several contexts
-        if kept >= max(len(texts) / 4, 4 * len(words)):
+        kept = sum(all(words.issuperset(split_words('words', text)) for text in as_texts(item))
+                   for item in items)
+        # ours: a small network learns whole words better than subwords, if enough is left: a quarter
+        # of the texts or pairs, and four for each word, so that it occurs in several contexts
+        if kept >= max(len(items) / 4, 4 * len(words)):
             return 'words:2000'
     # ours: a vocabulary so small that even its rarest tokens occur a few dozen times
     characters = sum(map(len, texts))
@@ -998,7 +999,7 @@ def has_short_lines(texts):
 
 def choose_length(sizes):
     """The length of rows that suits texts of so many tokens."""
-    # ours: up to 32 tokens cost little; beyond that the longest 5 % are not worth what they cost
+    # ours: up to 32 tokens cost little; beyond that the longest 5% are not worth what they cost
     longest = max(sizes, default=0)
     if longest > 32:
         longest = min(128, int(np.quantile(sizes, 0.95, method='higher')))
@@ -1309,7 +1310,7 @@ def parse(argv=None):
         help='gpt2, bpe:N, words:N (rows with other words are left out), byte, or bert:vocab.txt '
              '(lower case without line breaks); default: what suits the text')
     add('--length', type=number(int, 4, 65536),
-        help='tokens per row; default: 32, for rows, what fits 95 %% of the texts, at most 128')
+        help='tokens per row; default: 32, for rows, what fits 95%% of the texts, at most 128')
     add('--val', type=number(float, 0.0001, 0.9999),
         help='fraction held out, of a stream its end; default: 0.1, for most sets of the hub less')
     add('--data', default='data', help='the folder that receives NAME/')

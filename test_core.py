@@ -234,6 +234,20 @@ def test_tokenizer_and_length_suit_the_text(home, capsys, text, rows, tokenizer,
     assert f'{tokenizer}, {vocab} tokens' in out
 
 
+@pytest.mark.parametrize('rare, tokenizer', [(1, 'words:2000'), (9, 'bpe:512')])
+def test_pairs_of_common_words_are_of_words(home, capsys, rare, tokenizer):
+    """Pairs told by one column: each text is common, but hardly a pair is."""
+    lines = lines_of_words(20_000).split('\n')
+    pairs = [f'{a}\t{b} x{i}' if i % 10 < rare else f'{a}\t{b}'
+             for i, (a, b) in enumerate(zip(lines[::2], lines[1::2]))]
+    Path('a.tsv').write_text('\n'.join(pairs))
+
+    assert prepare(capsys, 'x', '--input', 'a.tsv')[0] == 0
+
+    meta = prepare_data.load_dataset('data/x')[0]
+    assert meta['pairs'] and meta['tokenizer']['name'] == tokenizer
+
+
 @pytest.mark.parametrize('rare, words, said', [
     (2000, [], True), (2000, ['--tokenizer', 'words:2000'], False), (9, [], False)])
 def test_left_out_words_that_nobody_asked_to_leave_out(home, capsys, rare, words, said):
@@ -4924,9 +4938,9 @@ def test_a_table_of_a_page_is_made_from_its_figures(here, capsys):
     assert table == [
         '| [f](data/f.json) | calls | valid | +- | 8 rows | minutes |',
         '|---|---|---|---|---|---|',
-        '| student | 1 | 62.5 % | 12 % |  |  |',
+        '| student | 1 | 62.5% | 12% |  |  |',
         '| student | 4 |  |  | 3.0 (4) |  |',
-        '| rival, slow | 21 | 93.8 % | 0 % |  | 12 |']
+        '| rival, slow | 21 | 93.8% | 0% |  | 12 |']
     assert made.replace('\n'.join(table), '| something old |') == PAGE_WITH_A_TABLE
     assert bench.fill_tables(made, here) == made
     with pytest.raises(SystemExit):

@@ -1,7 +1,7 @@
 # make demo: text in one network call, from nothing, on a laptop
 # make test: the tests; make slow: those that take long; make lint: the linter
 # What the pages report, made anew: make captions, captions-two-hours, stories, short, dates,
-# dates-diffuseq, qqp, speed; with a GPU: make gpu-speed, gpu-text; then make tables
+# dates-diffuseq, qqp, qqp-words, speed; with a GPU: make gpu-speed, gpu-text; then make tables
 PYTHON ?= python3
 PY = .venv/bin/python
 
@@ -106,13 +106,15 @@ weights:
 # a flow map whose targets are of eight calls, as are enough for eight minutes, and one of forty, with
 # more and better targets, whose weights are in assets/
 D = out/dates
-DATES = --data data/dates --reparam root --batch 64
+# the figures of pairs are of networks of 4 x 128
+PAIRS = --heads 8 --width 128
+DATES = --data data/dates $(PAIRS) --reparam root --batch 64
 dates: data/dates
 	$(PY) train_teacher.py $(DATES) --channels 1 --no-hidden-input --iters 1500 --decay 0.9
 	$(PY) distill.py $D/teacher --noise-levels 4 --reuse 3 --iters 2000
 	$(PY) distill.py $D/teacher --out $D/long --rollout 16 --noise-levels 3 --reuse 4 \
 	  --iters 8000 --evals 4
-	$(PY) train_teacher.py --data data/dates --model mdlm --batch 64 --iters 5000
+	$(PY) train_teacher.py --data data/dates $(PAIRS) --model mdlm --batch 64 --iters 5000
 	$(PY) bench.py quality $D/teacher $D/student $D/long $D-mdlm/teacher --nfe 1 2 4 8 32 \
 	  --rows 500 --seeds 2 --out assets/dates.json --overwrite
 
@@ -121,7 +123,7 @@ dates: data/dates
 Q = out/dates-diffuseq
 SID = --lr 3e-4 --fake-updates 1 --iters 400 --decay 0.9 --evals 4
 dates-diffuseq: data/dates
-	$(PY) train_teacher.py --data data/dates --model diffuseq --iters 1500 --decay 0.9
+	$(PY) train_teacher.py --data data/dates $(PAIRS) --model diffuseq --iters 1500 --decay 0.9
 	$(PY) distill.py $Q/teacher $(SID)
 	$(PY) distill.py $Q/teacher --no-shared-noise --out $Q/position $(SID)
 	$(PY) distill.py $Q/teacher --reference $Q/student --out $Q/one-call-1 --iters 600 --decay 1
@@ -129,17 +131,29 @@ dates-diffuseq: data/dates
 	$(PY) bench.py quality $Q/teacher $Q/student $Q/position $Q/one-call --method ddim \
 	  --nfe 1 4 50 --rows 500 --seeds 2 --out assets/dates-diffuseq.json --overwrite
 
-# real pairs: questions asked twice on Quora, both methods and an autoregressive model
+# real pairs: questions asked twice on Quora, both methods and an autoregressive model; first by the
+# defaults, of whole words, then of subwords
+W = out/qqp-words
+qqp-words: data/qqp
+	$(PY) train_teacher.py --data data/qqp --out $W/teacher
+	$(PY) distill.py $W/teacher
+	$(PY) train_teacher.py --data data/qqp $(PAIRS) --model ar --minutes 8 --out $W/ar
+	$(PY) bench.py quality $W/teacher $W/student $W/ar --nfe 1 4 10 --rows 500 \
+	  --out assets/qqp-words.json --overwrite
+
+data/subwords/qqp: | .venv
+	$(PY) prepare_data.py qqp --data data/subwords --tokenizer bpe:2048 --length 40
+
 K = out/qqp-diffuseq
-qqp: data/qqp
-	$(PY) train_teacher.py --data data/qqp --model diffuseq --iters 8000
+qqp: data/subwords/qqp
+	$(PY) train_teacher.py --data data/subwords/qqp $(PAIRS) --model diffuseq --iters 8000
 	$(PY) distill.py $K/teacher $(SID)
 	$(PY) distill.py $K/teacher --no-shared-noise --out $K/position $(SID)
 	$(PY) distill.py $K/teacher --reference $K/student --out $K/one-call-1 --iters 400 --decay 1
 	$(PY) distill.py $K/teacher --reference $K/one-call-1 --out $K/one-call --iters 400 --decay 1
-	$(PY) train_teacher.py --data data/qqp --channels 8 --batch 64 --iters 2000
+	$(PY) train_teacher.py --data data/subwords/qqp $(PAIRS) --channels 8 --batch 64 --iters 2000
 	$(PY) distill.py out/qqp/teacher --rollout 16 --noise-levels 0 --reuse 8 --iters 900
-	$(PY) train_teacher.py --data data/qqp --model ar --batch 64 --iters 1500
+	$(PY) train_teacher.py --data data/subwords/qqp $(PAIRS) --model ar --batch 64 --iters 1500
 	$(PY) bench.py quality $K/teacher $K/student $K/position $K/one-call out/qqp/teacher \
 	  out/qqp/student out/qqp-ar/teacher --nfe 1 10 50 --rows 500 --out assets/qqp.json --overwrite
 	$(PY) bench.py quality $K/teacher --clamp --nfe 10 50 --rows 500 --out assets/qqp-clamp.json \
@@ -172,4 +186,4 @@ tables: .venv
 	$(PY) bench.py tables
 
 .PHONY: demo test slow lint captions captions-two-hours stories short dates dates-diffuseq qqp \
-	weights speed gpu-speed gpu-text tables
+	qqp-words weights speed gpu-speed gpu-text tables

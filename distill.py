@@ -39,7 +39,7 @@ from model import (EMBEDDING_NOISE, autocast, build, checkpoint_path, draw, gene
                    token_weights)
 from train_teacher import (Objective, Run, add_training_options, all_reduce, batch_of, check_out,
                            choose_micro_batches, compile_on_gpu, default_machine, difference,
-                           fill_in, first_line, get_batch, kind_of_data, last_lines,
+                           fill_in, first_line, get_batch, is_stories, last_lines,
                            make_optimizers, micro_batches, preset_adder, refuse_unused,
                            sample_command, start_processes, stratified, sum_and_count, train)
 
@@ -63,12 +63,8 @@ PAPER = {
     'minutes': None, 'iters': 100_000, 'batch': 512, 'optimizer': 'adamw', 'lr': 3e-4,
     'beta2': 0.95, 'warmup': 2500, 'decay': 0.0, 'ema': 0.9999, 'evals': 20}
 
-# what differs by the kind of data and of student
-BY_DATA = {
-    'text': {},
-    'pairs': dict(noise_levels=6, minutes=8),
-    'stories': dict(rollout=16, noise_levels=6, minutes=4),
-}
+# what differs for the data set `stories`, and by the kind of student
+STORIES = dict(rollout=16, noise_levels=6, minutes=4)
 BY_METHOD = {
     'flow map': {},
     # Adam, whatever `optimizer` and `beta2` say, see adam; it goes on improving for long
@@ -87,12 +83,13 @@ PAPER_BY_METHOD = {
 }
 
 
-def preset(machine, method, data):
-    """The settings for a machine (laptop, gpu, paper), a kind of student and a kind of data."""
+def preset(machine, method, stories):
+    """The settings for a machine and a kind of student, see train_teacher.preset."""
     if machine == 'paper':
         return {**PAPER, **PAPER_BY_METHOD[method]}
+    of_data = STORIES if stories else {}
     of_machine = GPU if machine == 'gpu' else {}
-    return {**LAPTOP, **BY_DATA[data], **of_machine, **BY_METHOD[method]}
+    return {**LAPTOP, **of_data, **of_machine, **BY_METHOD[method]}
 
 
 # the kinds of student that an option is for, where it is not for all
@@ -830,7 +827,7 @@ def main(o):
 
     # settings
     machine = o.preset or default_machine(device)
-    settings = preset(machine, method, kind_of_data(meta))
+    settings = preset(machine, method, is_stories(meta))
     refuse_unused(o, ONLY_FOR, method, 'this student')
     targets = o.method or settings['method']
     refuse_unused(o, ONLY_FOR_METHOD, targets, f'--method {targets}')

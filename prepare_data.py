@@ -697,7 +697,7 @@ SETS = {
     'snli': dict(source='stanfordnlp/snli', rows=True, columns=('hypothesis',),
                  tokenizer='words:2000'),
     'qqp': dict(source='nyu-mll/glue', config='qqp', rows=True, columns=('question1', 'question2'),
-                tokenizer='bpe:2048', length=40),
+                tokenizer='words:2000'),
     # rows of the lines of the column `text`
     'shakespeare': dict(source='karpathy/tiny_shakespeare', revision=PARQUET, rows=True,
                         tokenizer='words:2000'),
@@ -977,8 +977,8 @@ def choose_tokenizer(items, kind):
         words = set(learn_words('words', texts, 2000 - len(SPECIAL)))
         kept = sum(all(words.issuperset(split_words('words', text)) for text in as_texts(item))
                    for item in items)
-        # ours: a small network learns whole words better than subwords, if enough is left: a quarter
-        # of the texts or pairs, and four for each word, so that it occurs in several contexts
+        # ours: a small network learns whole words better than subwords, if enough is left: a
+        # quarter of the texts or pairs, and four for each word, so that it has several contexts
         if kept >= max(len(items) / 4, 4 * len(words)):
             return 'words:2000'
     # ours: a vocabulary so small that even its rarest tokens occur a few dozen times

@@ -913,7 +913,7 @@ def generator(seed=0):
 def options(script, kind, *words, machine='laptop'):
     """Options of a command line, completed by a preset."""
     o = script.parse([str(word) for word in words])
-    train_teacher.fill_in(o, script.preset(machine, kind, 'text'))
+    train_teacher.fill_in(o, script.preset(machine, kind, False))
     return o
 
 
@@ -2433,14 +2433,14 @@ SID = dict(
     warmup=0, decay=0.0, ema=0.9999)
 
 
-@pytest.mark.parametrize('data', ['text', 'pairs', 'stories'])
+@pytest.mark.parametrize('stories', [False, True])
 @pytest.mark.parametrize('script, kind, values', [
     (train_teacher, 'flm', FLM), (train_teacher, 'mdlm', {**FLM, 'network': 'ours'}),
     (train_teacher, 'ar', {**FLM, 'network': 'ours'}), (train_teacher, 'diffuseq', DIFFUSEQ),
     (distill, 'flow map', FMLM), (distill, 'score', SID), (distill, 'masked', SDTT)])
-def test_preset_of_the_papers(script, kind, values, data):
+def test_preset_of_the_papers(script, kind, values, stories):
     """"The paper's settings" that are not the paper's."""
-    settings = script.preset('paper', kind, data)
+    settings = script.preset('paper', kind, stories)
 
     assert {name: settings[name] for name in values} == values
 
@@ -2451,7 +2451,7 @@ def test_preset_of_the_papers(script, kind, values, data):
     *[(distill, kind) for kind in ('flow map', 'score', 'refine', 'masked')]])
 def test_every_option_overrides_a_preset(script, kind, machine):
     """A 0 or a no that counts as left out, or an option that no preset fills in."""
-    settings = script.preset(machine, kind, 'text')
+    settings = script.preset(machine, kind, False)
 
     for name in settings:
         o = script.parse([])
@@ -2468,16 +2468,15 @@ def test_every_option_overrides_a_preset(script, kind, machine):
 
 
 @pytest.mark.parametrize('device, machine', [('cpu', 'laptop'), ('mps', 'laptop'), ('cuda', 'gpu')])
-@pytest.mark.parametrize('tokenizer, pairs, data', [
-    ('dates', True, 'pairs'), ('stories', False, 'stories'), ('byte', False, 'text')])
-def test_settings_follow_the_machine_and_the_data(device, machine, tokenizer, pairs, data):
+@pytest.mark.parametrize('tokenizer, stagger', [('stories', 3), ('dates', 0), ('byte', 0)])
+def test_settings_follow_the_machine_and_the_data(device, machine, tokenizer, stagger):
     """Settings of one grammar for real text, or years of training on a laptop, unasked."""
-    meta = {'tokenizer': {'name': tokenizer}, 'pairs': pairs}
+    stories = train_teacher.is_stories({'tokenizer': {'name': tokenizer}})
 
     assert train_teacher.default_machine(torch.device(device)) == machine
-    assert train_teacher.kind_of_data(meta) == data
-    assert train_teacher.preset(machine, 'flm', data)['minutes'] <= 15
-    assert distill.preset(machine, 'flow map', data)['minutes'] <= 15
+    assert train_teacher.preset(machine, 'flm', stories)['stagger'] == stagger
+    assert train_teacher.preset(machine, 'flm', stories)['minutes'] <= 15
+    assert distill.preset(machine, 'flow map', stories)['minutes'] <= 15
 
 
 # -----------------------------------------------------------------------------

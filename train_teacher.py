@@ -6,7 +6,7 @@ Train a teacher, which writes in tens of network calls, for distill.py to turn i
     torchrun --standalone --nproc_per_node=8 train_teacher.py        # as one with --micro-batches 8
 
 Writes <out>/model.pt (weights, their average, optimizers, config, tokenizer) and <out>/log.jsonl.
-The settings follow the machine (--preset) and the kind of data. The training loop, `train`, serves
+The settings follow the machine (--preset) and the data. The training loop, `train`, serves
 distill.py too: what a run minimizes is an Objective.
 """
 
@@ -60,12 +60,8 @@ PAPER = dict(
     minutes=None, iters=1_000_000, batch=512, optimizer='adamw', lr=3e-4, muon_lr=0.02,
     beta2=0.999, clip=1.0, warmup=2500, decay=0.0, ema=0.9999, evals=200)
 
-# what differs by the kind of data and by the model
-BY_DATA = {
-    'text': {},
-    'pairs': dict(heads=8, width=128, minutes=10),
-    'stories': dict(heads=8, width=128, channels=2, reparam='root', stagger=3.0, minutes=5),
-}
+# what differs for the data set `stories`, and by the model
+STORIES = dict(heads=8, width=128, channels=2, reparam='root', stagger=3.0, minutes=5)
 BY_MODEL = {
     'flm': {},
     'diffuseq': dict(channels=8, hidden_input=False),
@@ -84,12 +80,13 @@ PAPER_BY_MODEL = {
 }
 
 
-def preset(machine, model, data):
-    """The settings for a machine (laptop, gpu, paper), a model and a kind of data."""
+def preset(machine, model, stories):
+    """The settings for a machine (laptop, gpu, paper) and a model, for `stories` or other data."""
     if machine == 'paper':
         return {**PAPER, **PAPER_BY_MODEL[model]}
+    of_data = STORIES if stories else {}
     of_machine = GPU if machine == 'gpu' else {}
-    return {**LAPTOP, **BY_DATA[data], **of_machine, **BY_MODEL[model]}
+    return {**LAPTOP, **of_data, **of_machine, **BY_MODEL[model]}
 
 
 # the models that an option is for, where it is not for all
@@ -197,11 +194,9 @@ def default_machine(device):
     return 'gpu' if device.type == 'cuda' else 'laptop'
 
 
-def kind_of_data(meta):
-    """What settings depend on: pairs, stories (short texts of a grammar), or any other text."""
-    if meta['pairs']:
-        return 'pairs'
-    return 'stories' if meta['tokenizer']['name'] == 'stories' else 'text'
+def is_stories(meta):
+    """Whether data are the set `stories`, texts of a grammar, which has settings of its own."""
+    return meta['tokenizer']['name'] == 'stories'
 
 
 def refuse_unused(options, only_for, kind, name):
@@ -945,7 +940,7 @@ def main(o):
     # settings
     refuse_unused(o, ONLY_FOR, o.model, f'--model {o.model}')
     machine = o.preset or default_machine(device)
-    fill_in(o, preset(machine, o.model, kind_of_data(meta)))
+    fill_in(o, preset(machine, o.model, is_stories(meta)))
     if o.width % (2 * o.heads):
         fail(f'--width {o.width}: must be a multiple of twice --heads ({o.heads})')
     if o.network == 'paper' and o.channels != o.width:

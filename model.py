@@ -28,7 +28,7 @@ import math
 import os
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,6 @@ class Config:
     network: str = 'ours'        # ours | paper: FLM's own, with channels = width
     cond: int = 128              # width of the time conditioning
     dropout: float = 0.0         # after attention and after the MLP
-    gate: float = 0.0            # initial residual gates; 0 is adaLN-zero, as in the papers
     hidden_input: bool = False   # a hidden layer between the rows of E and the first block
     reparam: str = 'paper'       # flm: tau(t), one of paper | root | loss | uniform
     stagger: float = 0.0         # flm: how much later the last token is denoised than the first
@@ -224,13 +223,13 @@ class Denoiser(nn.Module):
         scale = 1 if self.paper else 1000
         frequencies = scale * 10000 ** (-torch.arange(128) / 128)
         self.register_buffer('frequencies', frequencies, persistent=False)
-        self.initialize(config.gate)
+        self.initialize()
 
     @staticmethod
     def time_network(cond):
         return nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
 
-    def initialize(self, gate):
+    def initialize(self):
         if self.paper:
             # linear layers stay as torch makes them
             bound = self.head.in_features ** -0.5
@@ -244,9 +243,9 @@ class Denoiser(nn.Module):
             # unit scale, like the noise they are added to; the usual 0.02 would be drowned out
             nn.init.normal_(self.position)
             nn.init.normal_(self.known.weight)
-        # at first the time has no effect: shifts are 0, scales 1, gates constant
+        # adaLN-zero: at first shifts are 0, scales 1, and gates 0, so that a block is the identity
         nn.init.zeros_(self.modulation.weight)
-        one_block = torch.tensor([0, 1, gate, 0, 1, gate])
+        one_block = torch.tensor([0, 1, 0, 0, 1, 0])
         chunks = torch.cat([one_block.repeat(self.layers), torch.tensor([0, 1])])
         with torch.no_grad():
             self.modulation.bias.copy_(chunks.repeat_interleave(self.head.in_features))
@@ -1130,6 +1129,12 @@ def save(path, modules, **more):
     write_whole(path, data.getbuffer())
 
 
+def config_of(ckpt):
+    """The Config of a checkpoint, without fields that only mattered to its training."""
+    known = {field.name for field in fields(Config)}
+    return Config(**{name: value for name, value in ckpt['config'].items() if name in known})
+
+
 def load(path, device='cpu'):
     """A model.pt, or the folder of one -> (averaged model in eval mode, checkpoint dict)."""
     if os.path.isfile(path) and Path(path).suffix != '.pt':
@@ -1158,7 +1163,7 @@ def load(path, device='cpu'):
         fail(f'{path}: has format {version}, this code reads format {FORMAT}; train it again, or '
              'use the code that wrote it')
     try:
-        model = build(Config(**ckpt['config']))
+        model = build(config_of(ckpt))
         model.load_state_dict(ckpt['ema'])
     except Exception as e:
         if out_of_memory(e):
@@ -1175,7 +1180,7 @@ def newest_checkpoint(accept):
         try:
             # tensors stay in the file: only the config is read
             ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-            config = Config(**ckpt['config'])
+            config = config_of(ckpt)
         except Exception:  # a damaged file is reported where it is named
             continue
         if accept(config):

@@ -2416,7 +2416,7 @@ def test_sources_of_pairs_are_given():
 # the papers' own values: arXiv:2602.16813, 2210.08933, 2410.21035, 2404.04057
 FLM = dict(
     layers=12, width=768, heads=12, channels=768, network='paper', hidden_input=False, dropout=0.1,
-    gate=0.0, reparam='paper', stagger=0.0, given=0.0, anchor=0.0, optimizer='adamw', lr=3e-4,
+    reparam='paper', stagger=0.0, given=0.0, anchor=0.0, optimizer='adamw', lr=3e-4,
     beta2=0.999, clip=1.0, warmup=2500, decay=0.0, ema=0.9999, batch=512, iters=1_000_000)
 DIFFUSEQ = {
     **FLM, 'network': 'ours', 'channels': 128, 'all_positions': True, 'lr': 1e-4, 'warmup': 0,

@@ -42,10 +42,10 @@ from model import Config, autocast, build, generator, has_bf16, load, pick_devic
 # Options
 
 # ours, for minutes on a CPU: Muon, few channels of the embedding with a hidden layer after them,
-# open gates, a reparameterization that follows the loss, given tokens in a fraction of the rows, an
+# a reparameterization that follows the loss, given tokens in a fraction of the rows, an
 # anchor for the diffusion. assets/ablations.md has what each of them brings
 LAPTOP = dict(
-    layers=4, heads=6, width=96, channels=4, network='ours', dropout=0.0, gate=0.3,
+    layers=4, heads=6, width=96, channels=4, network='ours', dropout=0.0,
     hidden_input=True, reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False,
     minutes=12, iters=None, batch=64, optimizer='muon', lr=3e-3, muon_lr=0.02, beta2=0.99,
     clip=1.0, warmup=50, decay=0.6, ema=0.999, evals=2)
@@ -55,7 +55,7 @@ GPU = dict(layers=6, heads=8, width=256, minutes=10, batch=512, evals=4)
 
 # FLM, arXiv:2602.16813; MDLM and AR of the same size
 PAPER = dict(
-    layers=12, heads=12, width=768, channels=768, network='ours', dropout=0.1, gate=0.0,
+    layers=12, heads=12, width=768, channels=768, network='ours', dropout=0.1,
     hidden_input=False, reparam='paper', stagger=0.0, given=0.0, anchor=0.0, all_positions=False,
     minutes=None, iters=1_000_000, batch=512, optimizer='adamw', lr=3e-4, muon_lr=0.02,
     beta2=0.999, clip=1.0, warmup=2500, decay=0.0, ema=0.9999, evals=200)
@@ -115,7 +115,6 @@ def parse(argv=None):
     add('--channels', type=number(int, 1, 100_000), help='C, channels of the embedding table')
     add('--network', choices=['ours', 'paper'],
         help="flm: ours, or the paper's own, with --channels equal to --width")
-    add('--gate', type=nonnegative, help='initial residual gates; 0 is adaLN-zero')
     add('--hidden-input', action=argparse.BooleanOptionalAction,
         help='a hidden layer between the embedding and the first block')
     # the loss

@@ -28,7 +28,7 @@ import math
 import os
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -1130,9 +1130,10 @@ def save(path, modules, **more):
 
 
 def config_of(ckpt):
-    """The Config of a checkpoint, without fields that only mattered to its training."""
-    known = {field.name for field in fields(Config)}
-    return Config(**{name: value for name, value in ckpt['config'].items() if name in known})
+    """The Config of a checkpoint; the weights in assets/ have a `gate`, for their training only."""
+    config = dict(ckpt['config'])
+    config.pop('gate', None)
+    return Config(**config)
 
 
 def load(path, device='cpu'):

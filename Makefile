@@ -103,11 +103,12 @@ weights:
 	$(PY) sample.py assets/stories-student.pt --compare assets/stories-teacher.pt \
 	  --film assets/stories-film.svg --overwrite
 
+# dates and Quora's questions, but for the flow of qqp-words, have networks of 4 x 128
+PAIRS = --heads 8 --width 128
+
 # a flow map whose targets are of eight calls, as are enough for eight minutes, and one of forty, with
 # more and better targets, whose weights are in assets/
 D = out/dates
-# the figures of pairs are of networks of 4 x 128
-PAIRS = --heads 8 --width 128
 DATES = --data data/dates $(PAIRS) --reparam root --batch 64
 dates: data/dates
 	$(PY) train_teacher.py $(DATES) --channels 1 --no-hidden-input --iters 1500 --decay 0.9

@@ -29,10 +29,10 @@ from functools import partial
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_rows, check_output, expected_seen, fail, jensen_shannon,
-                          load_dataset, need, newest_dataset, number, positive_int, run_script,
-                          sanity_metrics, say, split_rows, story_metrics, tell, to_texts,
-                          write_whole)
+from prepare_data import (Parser, as_rows, check_output, expected_seen, fail, is_stories,
+                          jensen_shannon, load_dataset, need, newest_dataset, number, positive_int,
+                          run_script, sanity_metrics, say, split_rows, story_metrics, tell,
+                          to_texts, write_whole)
 
 import numpy as np
 import torch
@@ -470,7 +470,7 @@ class Reference:
             self.seen = training_texts(train, meta)
         # stories: the fraction that is in the training set by chance
         self.chance = 0.0
-        if meta['tokenizer']['name'] == 'stories':
+        if is_stories(meta):
             self.chance = expected_seen(len(train) // meta['length'])
 
 
@@ -488,7 +488,7 @@ def text_figures(rows, reference):
     meta = reference.meta
     texts = [ids for _, ids in split_rows(rows, meta)]
     # of each story it is known whether it is valid
-    if meta['tokenizer']['name'] == 'stories':
+    if is_stories(meta):
         figures = story_metrics([text for _, text in to_texts(rows, meta)])
     else:
         figures = sanity_metrics(rows, meta, reference.folder)

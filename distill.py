@@ -28,8 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, fail, fraction, load_dataset, nonnegative, nonnegative_int,
-                          number, positive_int, run_script, sanity_metrics, say)
+from prepare_data import (Parser, fail, fraction, is_stories, load_dataset, nonnegative,
+                          nonnegative_int, number, positive_int, run_script, sanity_metrics, say)
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ from model import (EMBEDDING_NOISE, autocast, build, checkpoint_path, draw, gene
                    token_weights)
 from train_teacher import (Objective, Run, add_training_options, all_reduce, batch_of, check_out,
                            choose_micro_batches, compile_on_gpu, default_machine, difference,
-                           fill_in, first_line, get_batch, is_stories, last_lines,
-                           make_optimizers, micro_batches, preset_adder, refuse_unused,
-                           sample_command, start_processes, stratified, sum_and_count, train)
+                           fill_in, first_line, get_batch, last_lines, make_optimizers,
+                           micro_batches, preset_adder, refuse_unused, sample_command,
+                           start_processes, stratified, sum_and_count, train)
 
 # -----------------------------------------------------------------------------
 # Options

@@ -1262,6 +1262,11 @@ def corpus_words(folder, limit=5_000_000):
     return set(words) if 2 * len(words) <= letters <= 12 * len(words) else set()
 
 
+def is_stories(meta):
+    """Whether data are the set `stories`: each text can be checked, and settings are its own."""
+    return meta['tokenizer']['name'] == 'stories'
+
+
 def sanity_metrics(rows, meta, data=''):
     """Metrics that tell text from noise, for rows (B, L): a dict of floats.
     dates: fraction of valid rows (one of the eight forms of their source), entropy of the forms
@@ -1273,7 +1278,7 @@ def sanity_metrics(rows, meta, data=''):
         used = Counter(allowed.index(text) for allowed, text in forms if text in allowed)
         valid = used.total() / len(texts)
         return {'valid': valid, 'form_entropy': entropy(used) / math.log(8)}
-    if meta['tokenizer']['name'] == 'stories':
+    if is_stories(meta):
         metrics = story_metrics([text for _, text in texts])
         del metrics['slot_divergence']
         return metrics

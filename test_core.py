@@ -913,7 +913,7 @@ def generator(seed=0):
 def options(script, kind, *words, machine='laptop'):
     """Options of a command line, completed by a preset."""
     o = script.parse([str(word) for word in words])
-    train_teacher.fill_in(o, script.preset(machine, kind, False))
+    train_teacher.fill_in(o, script.preset(machine, kind, stories=False))
     return o
 
 
@@ -2451,7 +2451,7 @@ def test_preset_of_the_papers(script, kind, values, stories):
     *[(distill, kind) for kind in ('flow map', 'score', 'refine', 'masked')]])
 def test_every_option_overrides_a_preset(script, kind, machine):
     """A 0 or a no that counts as left out, or an option that no preset fills in."""
-    settings = script.preset(machine, kind, False)
+    settings = script.preset(machine, kind, stories=False)
 
     for name in settings:
         o = script.parse([])

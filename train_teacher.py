@@ -28,9 +28,9 @@ from datetime import timedelta
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_command, as_rows, fail, fraction, load_dataset, newest_dataset,
-                          nonnegative, nonnegative_int, number, positive_int, run_script, say,
-                          to_texts, why_not)
+from prepare_data import (Parser, as_command, as_rows, fail, fraction, is_stories, load_dataset,
+                          newest_dataset, nonnegative, nonnegative_int, number, positive_int,
+                          run_script, say, to_texts, why_not)
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ from model import Config, autocast, build, generator, has_bf16, load, pick_devic
 # -----------------------------------------------------------------------------
 # Options
 
-# ours, for minutes on a CPU: Muon, few channels of the embedding with a hidden layer after them,
-# a reparameterization that follows the loss, given tokens in a fraction of the rows, an
-# anchor for the diffusion. assets/ablations.md has what each of them brings
+# ours, for minutes on a CPU: Muon, few channels of the embedding with a hidden layer after them, a
+# reparameterization that follows the loss, given tokens in a fraction of the rows, an anchor for
+# the diffusion. assets/ablations.md has what each of them brings
 LAPTOP = dict(
     layers=4, heads=6, width=96, channels=4, network='ours', dropout=0.0,
     hidden_input=True, reparam='loss', stagger=0.0, given=0.3, anchor=0.1, all_positions=False,
@@ -191,11 +191,6 @@ def fill_in(options, settings):
 def default_machine(device):
     """The preset for a device."""
     return 'gpu' if device.type == 'cuda' else 'laptop'
-
-
-def is_stories(meta):
-    """Whether data are the set `stories`, texts of a grammar, which has settings of its own."""
-    return meta['tokenizer']['name'] == 'stories'
 
 
 def refuse_unused(options, only_for, kind, name):

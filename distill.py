@@ -186,16 +186,21 @@ class Distillation(Objective):
 # -----------------------------------------------------------------------------
 # Part 1. FMLM: the flow map, from the teacher at s = t and from shorter jumps elsewhere
 
-def time_pairs(n, diagonal, boundary, cpu):
+def time_pairs(n, diagonal, boundary, consistency, cpu):
     """
     s <= t for n rows, each (n,), and the kind of each row (n,): 0 for s = t, 1 for (0, 1), 2 for
-    jumps in between, in this order. Rows are counted before a batch is split into micro-batches, so
-    the method does not depend on their number. arXiv:2602.16813.
+    other jumps, in this order. Rows are counted before a batch is split into micro-batches, so the
+    method does not depend on their number. arXiv:2602.16813.
     """
     uniform = torch.rand(2, n, generator=cpu)
-    # t - s ~ U(0, 1), then s ~ U(0, 1 - (t - s))
-    s = uniform[1] * (1 - uniform[0])
-    t = s + uniform[0]
+    if consistency:
+        # ours: all jumps end at t = 1, as those of a sampler with gamma = 1 do (arXiv:2303.01469)
+        s = uniform[1]
+        t = torch.ones(n)
+    else:
+        # t - s ~ U(0, 1), then s ~ U(0, 1 - (t - s))
+        s = uniform[1] * (1 - uniform[0])
+        t = s + uniform[0]
     kind = torch.full((n,), 2)
 
     # s = t, stratified
@@ -257,15 +262,14 @@ def eulerian_target(student, teacher, h, given, s, t, o):
 
 def rollout_target(student, teacher, h, given, s, t, o):
     """
-    ours: delta_{s,t}(h) along the teacher's trajectory, in o.rollout steps from s to t: (B, L, V).
-    A student trained on jumps of its own may drift away from its teacher; this one cannot. A step
-    aims at the prediction extrapolated to its end, not at that of its start: likelier texts.
+    ours: delta_{s,1}(h), where the teacher's trajectory ends, in o.rollout steps from s to t = 1:
+    (B, L, V). A student trained on jumps of its own may drift away from its teacher; this one
+    cannot. A step aims at the prediction extrapolated to its end, not at that of its start:
+    likelier texts.
     """
     # with stagger the first steps decide what the text is about: shorter ones keep it diverse
     power = 1.5 if teacher.config.stagger > 0 else 1.0
     ends = [(i / o.rollout) ** power for i in range(o.rollout + 1)]
-    # has no weight in the first step
-    target = torch.zeros(())
     before = None
     for i in range(o.rollout):
         now = s + (t - s) * ends[i]
@@ -277,12 +281,10 @@ def rollout_target(student, teacher, h, given, s, t, o):
             longer = (ends[i + 1] - ends[i]) / (ends[i] - ends[i - 1])
             aim = p + longer * (p - before)
         before = p
-        # a weighted mean of the aims along the way; for a jump to t = 1 only the last one counts
-        target = two_steps(student, target, aim, given, s, now, then)
         h = student.jump(h, aim, given, now, then)
     # extrapolation may leave the simplex
-    target = target.clamp(min=0)
-    return target / target.sum(-1, keepdim=True)
+    aim = aim.clamp(min=0)
+    return aim / aim.sum(-1, keepdim=True)
 
 
 def top_k(p, k):
@@ -343,11 +345,14 @@ class FlowMap(Distillation):
 
     @staticmethod
     def student_config(config, o):
-        return replace(config, dropout=o.dropout, calls=1, noise_levels=o.noise_levels)
+        return replace(config, dropout=o.dropout, calls=1, noise_levels=o.noise_levels,
+                       consistency=o.method == 'rollout')
 
     def times(self, n, cpu):
         """s, t and kind of each row, and its place in the batch: (n,) each."""
-        return [*time_pairs(n, self.o.diagonal, self.o.boundary, cpu), torch.arange(n)]
+        to_end = self.student.config.consistency
+        pairs = time_pairs(n, self.o.diagonal, self.o.boundary, to_end, cpu)
+        return [*pairs, torch.arange(n)]
 
     def before(self, it, iters, ema, batch):
         # the first iterations make the targets, the others learn them again
@@ -363,7 +368,7 @@ class FlowMap(Distillation):
         else:
             target = target[0]
         losses = self.student.predict(h.float(), given, s, t, target)  # (B,)
-        # of rows at s = t, (0, 1) and in between
+        # of rows at s = t, (0, 1) and the others
         return losses.mean(), {'kinds': sum_and_count(losses, kind, 3)}
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ class Config:
     reparam: str = 'paper'       # flm: tau(t), one of paper | root | loss | uniform
     stagger: float = 0.0         # flm: how much later the last token is denoised than the first
     noise_levels: int = 0        # flm: quantization levels of the noise; 0: not quantized
+    consistency: bool = False    # flm: a flow map that was trained on jumps to t = 1 only
     shared_noise: bool = False   # diffuseq: all positions of a row start from the same noise
     all_positions: bool = False  # diffuseq: noise and error at the source's positions, too
     anchor: float = 0.0          # diffuseq: weight of the cross-entropy of the rounded prediction
@@ -610,13 +611,15 @@ class OneHotFlow(Model):
         return torch.where(given[..., None] < 0, jump(h, p @ self.net.embed, s, t), h)
 
     @torch.no_grad()
-    def sample(self, given, nfe, rng=None, temperature=1.0, gamma=0.0, on_call=None):
+    def sample(self, given, nfe, rng=None, temperature=1.0, gamma=None, on_call=None):
         """
         Euler steps of a teacher, jumps of a student, on a uniform grid of tau: (B, L).
         The text is the argmax of the last call, arXiv:2602.16813. temperature divides the logits;
-        gamma: 0 follows the flow, up to 1 each call overshoots and adds noise again. Neither has an
-        effect at nfe = 1.
+        gamma: 0 follows the flow, up to 1 each call overshoots and adds noise again; None: 1 if all
+        jumps have to end at t = 1, else 0. Neither has an effect at nfe = 1.
         """
+        if gamma is None:
+            gamma = 1.0 if self.config.consistency else 0.0
         h = self.initial_noise(given, rng)
         taus = torch.linspace(0, 1, nfe + 1, device=h.device)
         for i in range(nfe):

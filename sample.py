@@ -75,7 +75,8 @@ def add_sampler_options(add):
     add('--temperature', type=number(float, 0, 100),
         help='flm, mdlm, ar: logits / T; 0: greedy decoding [1]')
     add('--gamma', type=fraction,
-        help='flm: fresh noise after each call; 0: none, 1: as much as the time allows [0]')
+        help='flm: fresh noise after each call; 0: none, 1: as much as the time allows [0, but 1 '
+             'if all jumps of a student have to end at t = 1]')
     add('--method', choices=['ancestral', 'ddim'], help='diffuseq: the sampler [ancestral]')
     add('--clamp', action='store_true', default=None,
         help='diffuseq: snap predictions to the nearest embedding')

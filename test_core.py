@@ -1237,8 +1237,7 @@ def error_of(target, s, t, stagger=0.0, **how):
     (distill.semigroup_target, {}, [0.0, 0.2], [0.9, 0.6], 1e-5),
     (distill.lagrangian_target, {'substep': 0.01}, [0.0, 0.2], [0.9, 0.6], 0.01),
     (distill.eulerian_target, {'substep': 0.01}, [0.0, 0.2], [0.9, 0.6], 0.01),
-    (distill.rollout_target, {'rollout': 400}, [0.0, 0.2], [0.9, 0.6], 0.01),
-    (distill.rollout_target, {'rollout': 400}, [0.0, 0.0], [0.999, 0.999], 0.01),
+    (distill.rollout_target, {'rollout': 400}, [0.0, 0.2], [0.999, 0.999], 0.01),
 ])
 def test_targets_are_right_at_the_exact_flow_map(target, how, s, t, error):
     """A target that a perfect student would have to move away from."""
@@ -1248,10 +1247,10 @@ def test_targets_are_right_at_the_exact_flow_map(target, how, s, t, error):
 @pytest.mark.parametrize('stagger', [0.0, 3.0])
 def test_a_rollout_of_more_steps_is_closer_to_the_flow_map(stagger):
     """Steps, even or uneven, of which more do not help."""
-    few, many = [error_of(distill.rollout_target, [0.0, 0.2], [0.9, 0.6], stagger, rollout=n)
-                 for n in (40, 80)]
+    few, many = [error_of(distill.rollout_target, [0.0, 0.2], [0.999, 0.999], stagger, rollout=n)
+                 for n in (4, 8)]
 
-    assert many < few / 1.8
+    assert many < few / 10
 
 
 class LinearNet(ExactNet):
@@ -1441,6 +1440,19 @@ def test_gamma_adds_as_much_noise_as_the_time_says(gamma, stagger, tau):
     assert torch.allclose(noise ** 2 + fresh ** 2, ((1 - t) ** 2).expand_as(token), atol=1e-4)
     if stagger == 0:
         assert torch.allclose(fresh, gamma * (1 - t).expand_as(token), atol=1e-3)
+
+
+def test_a_consistency_model_only_jumps_to_the_end(monkeypatch):
+    """A jump that was never learned, where more than one call is asked for."""
+    flow = tiny(calls=1, consistency=True)
+    asked = []
+    predict = flow.predict
+    monkeypatch.setattr(flow, 'predict', lambda h, given, s, t: (
+        asked.append((s.item(), t.item())) or predict(h, given, s, t)))
+
+    flow.sample(nothing_given(2), 4)
+
+    assert asked == [(0, 1), (0.25, 1), (0.5, 1), (0.75, 1)]
 
 
 def test_times_of_staggered_tokens():
@@ -1652,7 +1664,7 @@ def test_a_new_flow_map_is_its_teacher_whatever_time_it_jumps_to():
     for t in (s, torch.ones(3)):
         assert torch.equal(teacher.predict(h, given, s), student.predict(h, given, s, t))
     assert frozen(student) == {'net.embed'}
-    assert student.config == replace(teacher.config, calls=1, noise_levels=3)
+    assert student.config == replace(teacher.config, calls=1, noise_levels=3, consistency=True)
 
 
 @torch.no_grad()
@@ -1941,6 +1953,7 @@ def test_masked_distillation_counts_what_is_masked():
     ('flm', {'calls': 1}, {}),
     ('flm', {'calls': 1}, {'gamma': 0.7}),
     ('flm', {'calls': 1, 'network': 'paper'}, {'gamma': 0.8}),
+    ('flm', {'calls': 1, 'consistency': True}, {}),
     ('flm', {'channels': 4, 'stagger': 2.0}, {}),
     ('mdlm', {}, {}),
     ('mdlm', {}, {'temperature': 2.0}),
@@ -2272,6 +2285,7 @@ def test_refining_learns_the_noise_whose_text_is_least_certain():
 # Time pairs and batches
 
 
+@pytest.mark.parametrize('consistency', [False, True])
 @pytest.mark.parametrize('n, diagonal, boundary, numbers', [
     (512, 0.5, 1 / 32, [256, 8, 248]),
     (4, 0.5, 1 / 32, [2, 1, 1]),
@@ -2281,9 +2295,9 @@ def test_refining_learns_the_noise_whose_text_is_least_certain():
     (8, 1.0, 0.5, [8, 0, 0]),
     (1, 0.0, 0.1, [0, 1, 0]),
 ])
-def test_fractions_of_time_pairs(n, diagonal, boundary, numbers):
+def test_fractions_of_time_pairs(n, diagonal, boundary, numbers, consistency):
     """No row at (0, 1), the only jump that one call needs, or rows of another kind than said."""
-    s, t, kind = distill.time_pairs(n, diagonal, boundary, generator())
+    s, t, kind = distill.time_pairs(n, diagonal, boundary, consistency, generator())
 
     assert torch.bincount(kind, minlength=3).tolist() == numbers
     assert torch.equal(kind, kind.sort().values)
@@ -2297,7 +2311,7 @@ def test_fractions_of_time_pairs(n, diagonal, boundary, numbers):
 
 def test_distribution_of_time_pairs():
     """Jumps of another distribution than the paper's: lengths uniform, then starts uniform."""
-    s, t, _ = distill.time_pairs(100_000, 0.0, 0.0, generator())
+    s, t, _ = distill.time_pairs(100_000, 0.0, 0.0, False, generator())
 
     length = t - s
     start = s / (1 - length)
@@ -2307,6 +2321,15 @@ def test_distribution_of_time_pairs():
     assert torch.corrcoef(torch.stack([length, start]))[0, 1].abs() < 0.02
     assert s.min() >= 0
     assert t.max() <= 1
+
+
+def test_jumps_of_a_consistency_model():
+    """A jump that its sampler never makes, or starts that it is asked for and has not learned."""
+    s, t, _ = distill.time_pairs(100_000, 0.0, 0.0, True, generator())
+
+    levels = torch.linspace(0.1, 0.9, 9)
+    assert (s.quantile(levels) - levels).abs().max() < 0.01
+    assert (t == 1).all()
 
 
 class Recorder(train_teacher.Objective):
@@ -2330,7 +2353,7 @@ def test_micro_batches_see_all_kinds_of_rows_and_count_alike(parts):
     objective = Recorder()
     means = train_teacher.Means()
     tokens = torch.arange(512)[:, None].expand(-1, 6)
-    batch = [tokens, tokens, distill.time_pairs(512, 0.5, 1 / 32, generator())]
+    batch = [tokens, tokens, distill.time_pairs(512, 0.5, 1 / 32, False, generator())]
     run = Namespace(rank=0, world=1, micro_batches=parts, device=CPU)
 
     for it in (0, 1):

@@ -153,10 +153,12 @@ def progress(what, items):
             say(f'{what}: {n / len(items):.0%}, {left:.0f} s left')
 
 
-def as_command(words):
-    """Words and paths as a command line."""
+def as_command(script, *words):
+    """A script of this project, which lies beside the one that runs, with words and paths after it,
+    as a command line."""
+    script = os.path.join(os.path.dirname(sys.argv[0]), script)
     parts = []
-    for word in words:
+    for word in ['python', script, *words]:
         # Windows takes / in a path too, which needs no quotes
         part = str(word).replace(os.sep, '/')
         # a path that begins with "-" would be taken for an option
@@ -1158,7 +1160,7 @@ def command_for(folder):
     """The command that prepares a folder, or for own text the help."""
     if folder.name not in SETS:
         return 'python prepare_data.py -h'
-    return as_command(['python', 'prepare_data.py', folder.name, '--data', folder.parent])
+    return as_command('prepare_data.py', folder.name, '--data', folder.parent)
 
 
 def read_dataset(folder):
@@ -1180,7 +1182,7 @@ def load_dataset(folder):
     """data/<name> -> (meta dict, train ids, val ids), ids memory-mapped uint16."""
     folder = Path(folder)
     if os.path.isfile(folder):
-        command = as_command(['python', 'prepare_data.py', 'mine', '--input', folder])
+        command = as_command('prepare_data.py', 'mine', '--input', folder)
         fail(f'{folder} is a file, not a folder of prepared data; run: {command}')
     if not os.path.isfile(folder / 'meta.json'):
         # a name without its folder, or a path that was right in another folder
@@ -1334,7 +1336,7 @@ def check(args):
     """Reject invalid options before anything is read."""
     # a file's name may stand where NAME belongs
     files = args.input or [args.name if os.path.exists(args.name) else 'FILE']
-    mine = as_command(['python', 'prepare_data.py', 'mine', '--input', *map(Path, files)])
+    mine = as_command('prepare_data.py', 'mine', '--input', *map(Path, files))
     if args.name not in SETS and not args.input:
         fail(f'{args.name}: not one of {", ".join(SETS)}; for your own text: {mine}')
     if args.name in ('stories', 'dates') and (
@@ -1396,7 +1398,7 @@ def main(argv=None):
         f'{spec["name"]}, {V:,} tokens; {time.time() - start:.0f} s')
     if args.input and kind == 'stream' and has_short_lines(items):
         say('its lines are short: with --rows each is a text of its own, which is easier to learn')
-    command = as_command(['python', 'train_teacher.py', '--data', folder])
+    command = as_command('train_teacher.py', '--data', folder)
     say(f'next: {command}')
     if pairs:
         say(f'or:   {command} --model diffuseq')

@@ -910,14 +910,14 @@ def last_lines(run, complete, command):
     """Where a run's files are, and what to run next."""
     say(f'wrote {run.out}/model.pt and {run.out}/log.jsonl')
     if complete:
-        say(f'next: {as_command(command)}')
+        say(f'next: {as_command(*command)}')
     else:
         say('stopped; the same command with --resume continues')
 
 
 def sample_command(out, meta, val):
-    """The words of a command that samples from a model: one of pairs needs a source."""
-    words = ['python', 'sample.py', str(out)]
+    """A script and its words, which sample from a model: one of pairs needs a source."""
+    words = ['sample.py', str(out)]
     if meta['pairs']:
         rows = as_rows(val[:100 * meta['length']], meta['length'])
         # a command line holds no line breaks, and may begin with a dash only after a =
@@ -958,7 +958,7 @@ def main(o):
     first_line(machine, f'{o.model} of {size:.2f}M parameters', run, o)
     complete = train(run, model, TeacherLoss(model, o), o)
     if o.model in ('flm', 'diffuseq'):
-        last_lines(run, complete, ['python', 'distill.py', str(out)])
+        last_lines(run, complete, ['distill.py', str(out)])
     else:
         last_lines(run, complete, sample_command(out, meta, val_ids))
 

@@ -36,7 +36,7 @@ data/captions: | .venv
 C = out/captions
 captions: captions-0 captions-1 captions-2 $C-scorer/model.pt
 	$(PY) bench.py quality $C-{seed}/teacher $C-{seed}/student $C-{seed}/mdlm $C-scorer \
-	  --nfe 1 2 8 16 32 --seeds 3 --scorer $C-scorer --out assets/captions.json --overwrite
+	  --nfe 1 2 4 8 16 32 --seeds 3 --scorer $C-scorer --out assets/captions.json --overwrite
 	$(PY) bench.py quality $C-{seed}/mdlm $C-scorer --temperature 0.5 --nfe 8 16 --seeds 2 \
 	  --scorer $C-scorer --out assets/captions-cool.json --overwrite
 	$(PY) bench.py quality $C-{seed}/mdlm --temperature 0.8 --nfe 2 4 8 16 --seeds 3 \

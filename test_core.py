@@ -3112,20 +3112,6 @@ def test_a_run_is_continued_or_replaced_as_asked(dozen, small, tmp_path, name):
     assert models.load(out)[1]['iter'] == 1
 
 
-def test_a_run_from_before_an_option_existed_continues_without_it(monkeypatch):
-    """A checkpoint that no command line can resume, or one that continues as something else."""
-    monkeypatch.setitem(train_teacher.NEUTRAL, 'noise_levels', 0)
-    meta = dict.fromkeys(('tokenizer', 'crc', 'length', 'kind', 'pairs', 'name'))
-    run = Namespace(meta=meta, parents={})
-    ckpt = {'options': {'seed': 1}, 'meta': meta, 'parents': {}}
-
-    def difference(levels):
-        return train_teacher.other_run(ckpt, Namespace(seed=1, noise_levels=levels), run)
-
-    assert difference(0) == ''
-    assert difference(6) == '--noise-levels was 0, now 6'
-
-
 # -----------------------------------------------------------------------------
 # The log
 

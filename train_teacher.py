@@ -567,9 +567,6 @@ def sum_and_count(x, kind=None, kinds=1):
 FREE = {'data', 'out', 'teacher', 'reference', 'preset', 'iters', 'minutes', 'evals',
         'micro_batches', 'resume', 'overwrite', 'device', 'compile'}
 
-# an option that checkpoints of this format may lack, and the value with which it changes nothing
-NEUTRAL = {}
-
 
 def difference(a, b, fields):
     """The first of these fields that differs between two descriptions of data, as a sentence."""
@@ -592,7 +589,7 @@ def other_run(ckpt, options, run):
         if ckpt['parents'].get(name, {}).get('crc') != parent['crc']:
             return f'it has another {name}'
     for name, value in vars(options).items():
-        old = ckpt['options'].get(name, NEUTRAL.get(name))
+        old = ckpt['options'].get(name)
         if name not in FREE and old != value:
             return f'{as_flag(name)} was {old}, now {value}'
     changed = difference(ckpt['meta'], run.meta, ('tokenizer', 'crc'))

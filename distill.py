@@ -350,8 +350,8 @@ class FlowMap(Distillation):
 
     def times(self, n, cpu):
         """s, t and kind of each row, and its place in the batch: (n,) each."""
-        to_end = self.student.config.consistency
-        pairs = time_pairs(n, self.o.diagonal, self.o.boundary, to_end, cpu)
+        consistency = self.student.config.consistency
+        pairs = time_pairs(n, self.o.diagonal, self.o.boundary, consistency, cpu)
         return [*pairs, torch.arange(n)]
 
     def before(self, it, iters, ema, batch):

@@ -29,10 +29,10 @@ from functools import partial
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, as_rows, check_output, expected_seen, fail, is_stories,
-                          jensen_shannon, load_dataset, need, newest_dataset, number, positive_int,
-                          run_script, sanity_metrics, say, split_rows, story_metrics, tell,
-                          to_texts, write_whole)
+from prepare_data import (Parser, as_command, as_rows, check_output, expected_seen, fail,
+                          is_stories, jensen_shannon, load_dataset, need, newest_dataset, number,
+                          positive_int, run_script, sanity_metrics, say, split_rows, story_metrics,
+                          tell, to_texts, write_whole)
 
 import numpy as np
 import torch
@@ -328,7 +328,8 @@ def newest_pair():
     """The newest student, and its teacher if that is still there: names; a line says which."""
     path = newest_checkpoint(lambda config: config.calls > 0)
     if path is None:
-        fail('out/ holds no student; name a model, or make one: python distill.py')
+        command = as_command('distill.py')
+        fail(f'out/ holds no student; name a model, or make one: {command}')
     names = [str(path)]
     _, ckpt = load(path)
     # published weights do not say
@@ -425,8 +426,8 @@ def open_scorer(name, meta, device):
     scorer, ckpt = load(name, device)
     # only ar knows the probability of a whole text
     if scorer.config.model != 'ar':
-        fail(f'--scorer {name}: is not autoregressive; make one: '
-             'python train_teacher.py --model ar')
+        command = as_command('train_teacher.py', '--model', 'ar')
+        fail(f'--scorer {name}: is not autoregressive; make one: {command}')
     changed = difference(meta, ckpt['meta'], ('tokenizer',))
     if changed or scorer.config.length < meta['length']:
         fail(f'--scorer {name}: has {changed or "shorter rows"}')

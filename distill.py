@@ -28,8 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 
 # before torch, which takes seconds to load: Ctrl-C is one line from here on
-from prepare_data import (Parser, fail, fraction, is_stories, load_dataset, nonnegative,
-                          nonnegative_int, number, positive_int, run_script, sanity_metrics, say)
+from prepare_data import (Parser, as_command, fail, fraction, is_stories, load_dataset,
+                          nonnegative, nonnegative_int, number, positive_int, run_script,
+                          sanity_metrics, say)
 
 import torch
 import torch.nn.functional as F
@@ -748,13 +749,15 @@ def load_teacher(name, device):
     else:
         path = newest_checkpoint(lambda c: c.calls == 0 and c.model in ('flm', 'diffuseq'))
     if path is None:
-        fail('out/ holds no flow or diffusion to distill; first run: python train_teacher.py')
+        command = as_command('train_teacher.py')
+        fail(f'out/ holds no flow or diffusion to distill; first run: {command}')
     teacher, ckpt = load(name or path, device)
     if teacher.config.calls > 0:
         fail(f'{path} is a student already; name its teacher')
     if teacher.config.model == 'ar':
+        command = as_command('train_teacher.py')
         fail(f'{path} is autoregressive; distill a flow, a diffusion or an mdlm, made by: '
-             'python train_teacher.py')
+             f'{command}')
     return path, teacher.requires_grad_(False), ckpt
 
 

@@ -156,9 +156,8 @@ def progress(what, items):
 def as_command(script, *words):
     """A script of this project, which lies beside the one that runs, with words and paths after it,
     as a command line."""
-    script = os.path.join(os.path.dirname(sys.argv[0]), script)
     parts = []
-    for word in ['python', script, *words]:
+    for word in ['python', Path(sys.argv[0]).parent / script, *words]:
         # Windows takes / in a path too, which needs no quotes
         part = str(word).replace(os.sep, '/')
         # a path that begins with "-" would be taken for an option
@@ -1159,7 +1158,7 @@ def save_dataset(folder, train, val, spec, kind, pairs, length, source, overwrit
 def command_for(folder):
     """The command that prepares a folder, or for own text the help."""
     if folder.name not in SETS:
-        return 'python prepare_data.py -h'
+        return as_command('prepare_data.py', '-h')
     return as_command('prepare_data.py', folder.name, '--data', folder.parent)
 
 
@@ -1201,7 +1200,8 @@ def newest_dataset():
     """The folder of the data set that was prepared last."""
     found = list(Path('data').glob('*/meta.json'))
     if not found:
-        fail('data holds no prepared data; first run: python prepare_data.py stories')
+        command = as_command('prepare_data.py', 'stories')
+        fail(f'data holds no prepared data; first run: {command}')
     return max(found, key=os.path.getmtime).parent
 
 

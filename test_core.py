@@ -884,10 +884,10 @@ DOUBLE = torch.float64
 
 
 @pytest.fixture(autouse=True)
-def same_every_time():
+def same_every_time(monkeypatch):
     """Every test begins with the same seed, and gets back the signals that a script took over."""
     # as in the folder of the scripts
-    sys.argv = ['script.py']
+    monkeypatch.setattr(sys, 'argv', ['script.py'])
     numbers = {getattr(signal, name, signal.SIGINT) for name in train_teacher.Stopper.SIGNALS}
     handlers = {number: signal.getsignal(number) for number in numbers}
     torch.manual_seed(0)
